@@ -1,0 +1,39 @@
+"""Every error that a person can cause, each told in one line that names the fault and the fix.
+
+    LauncherError         exit 1
+    |- UsageError         exit 2: a wrong option, file or combination; nothing has been touched
+    |- RecipeError        the recipe breaks a contract: a loss that is no sum, a step without a backward
+    |- CheckpointError    a checkpoint that is broken, foreign, or cannot be written
+    `- WorldError         the processes, devices or precision asked for are not the ones there are
+
+`launcher.main` prints the line and exits with the code; anything else that escapes a recipe is shown
+with its traceback, because then the traceback is the recipe's own.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "LauncherError", "RecipeError", "UsageError", "WorldError"]
+
+
+class LauncherError(Exception):
+    """What went wrong and what to do about it, in one line."""
+
+    exit_code = 1
+
+
+class UsageError(LauncherError):
+    """A wrong option, file or combination of settings."""
+
+    exit_code = 2
+
+
+class RecipeError(LauncherError):
+    """The recipe uses the run or the step in a way that would train something else than it says."""
+
+
+class CheckpointError(LauncherError):
+    """A checkpoint is broken, belongs to something else, or cannot be written."""
+
+
+class WorldError(LauncherError):
+    """The world that was asked for is not the world there is."""
