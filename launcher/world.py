@@ -7,15 +7,26 @@ two threads of a rank, or two ranks that issue in another order, would deadlock 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["World"]
+from launcher.config import RunConfig
+from launcher.errors import UsageError, WorldError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["World", "connect", "disconnect"]
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,79 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]  # type: ignore[no-any-return]
 
+    def sum(self, *values: float) -> list[float]:
+        """The sums of every rank's numbers, exact for integers up to 2**53."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total.tolist()  # type: ignore[no-any-return]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.group is not None:
             dist.barrier(group=self.group)
 
 
-def env_int(name: str, default: int) -> int:
-    """An integer from the environment, as torchrun, Accelerate and our SLURM jobs set them."""
-    return int(os.environ.get(name, default))
+def connect(run: RunConfig, environ: Mapping[str, str]) -> tuple[World, Accelerator]:
+    """Join the processes that `accelerate launch`, torchrun or a SLURM job started; `run` is resolved.
+
+    Raises:
+        UsageError: the environment is half set, or the precision does not exist on this device.
+        WorldError: Accelerate came up with another world than the environment promises.
+    """
+    rank, world_size, local_rank, local_world_size = _ranks(environ)
+    cuda = torch.cuda.is_available() and environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    if run.precision == "fp16" and not cuda:
+        raise UsageError("fp16 needs a CUDA device: Accelerate would silently train in fp32 here; --run.precision bf16")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise WorldError(
+            f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; ask for fewer"
+        )
+    accelerator = _accelerator(run, cuda)
+    if (accelerator.num_processes, accelerator.process_index) != (world_size, rank):
+        raise WorldError(
+            f"rank {rank} of {world_size} was asked for, Accelerate set up rank {accelerator.process_index} of "
+            f"{accelerator.num_processes}: on a CPU start with `launcher run --nproc {world_size}`"
+        )
+    if world_size == 1 and run.shard != "none" and not dist.is_initialized():  # FSDP2 wants a mesh, if only of one
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
+    return World(rank, world_size, local_rank, local_world_size, accelerator.device, group), accelerator
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _ranks(environ: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """Rank, world size, local rank, local world size; a plain `python`, inside salloc too, is one process."""
+    if "WORLD_SIZE" not in environ and "RANK" not in environ:
+        environ = SINGLE
+    try:
+        return tuple(int(environ[name]) for name in SINGLE)  # type: ignore[return-value]
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"the environment describes a half distributed run ({error} of {', '.join(SINGLE)}): "
+            "start with accelerate launch, torchrun or launcher run, or unset WORLD_SIZE and RANK"
+        ) from None
+
+
+def _accelerator(run: RunConfig, cuda: bool) -> Accelerator:
+    """Accelerate's set-up of processes, device and mixed precision, with what the launcher does itself turned off."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # sharding is ours: on a CPU Accelerate would drop it, and the ranks
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    return Accelerator(
+        cpu=not cuda,
+        mixed_precision=run.precision,
+        gradient_accumulation_steps=1,
+        dynamo_backend="no",
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
+    )

@@ -1,0 +1,210 @@
+"""`launcher.main`: from a recipe's `train` to a run, and from whatever ends it to a status and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from launcher.config import RunConfig, check_resume, parse, resolve, to_dict
+from launcher.errors import LauncherError, RecipeError
+from launcher.rundir import RunDir
+from launcher.signals import Signals, Stopped
+from launcher.world import World, connect, disconnect
+
+if TYPE_CHECKING:
+    from launcher.run import Run
+
+__all__ = ["main"]
+
+C = TypeVar("C")
+
+
+def main(train: Callable[[Run, C], None] | Callable[[Run], None]) -> None:
+    """Run a recipe as the command line and the environment say; the last line of its file.
+
+    `train(run, cfg)` is annotated with the dataclass of the recipe's options, from which the command line is made;
+    `train(run)` has none. Returns when the run has finished; exits with 0 when it was stopped and saved, with 2 for a
+    usage error and 1 for any other failure. In a single process an exception of the recipe's own passes through, so
+    that a debugger finds it.
+    """
+    attempt = Attempt()
+    try:
+        attempt.start(train)
+        attempt.train()
+    except LauncherError as error:
+        attempt.fail(error)
+        attempt.leave(error.exit_code)
+    except Stopped:
+        attempt.stop()
+        attempt.leave(0)
+    except Exception as error:
+        attempt.fail(error)
+        if attempt.world.world_size == 1:
+            raise
+        attempt.leave(1)
+    attempt.close()
+
+
+class Attempt:
+    """One start of a run, from the command line to its end."""
+
+    def __init__(self) -> None:
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.world = World(rank=rank, world_size=world_size)  # as announced; the real one once connected
+        self.rundir: RunDir | None = None
+        self.number = 0
+        self.run: Run | None = None
+        self.signals: Signals | None = None
+
+    def start(self, train: Callable[..., None]) -> None:
+        """Read the options, join the other ranks, open the run directory."""
+        config_type = _config_type(train)
+        module = sys.modules.get(train.__module__)
+        recipe = Path(getattr(module, "__file__", None) or sys.argv[0])
+        config, options = parse(
+            config_type, sys.argv[1:], prog=recipe.name, description=getattr(module, "__doc__", None)
+        )
+        options = resolve(options, os.environ)
+        self.signals = Signals(self.abandon)
+        _set_up_torch(options)
+        self.world, accelerator = connect(options, os.environ)
+        settings = to_dict(config, options)
+        self.rundir, self.number = self._open(options, settings, recipe)
+        from launcher.run import Run
+
+        self.run = Run(options, settings, self.world, accelerator, self.rundir, self.number, self.signals)
+        self._train = (lambda: train(self.run, config)) if config_type is not None else (lambda: train(self.run))
+
+    def train(self) -> None:
+        """Run the recipe to its end, and save what it has learnt."""
+        assert self.run is not None
+        self.run.check_stop()
+        self._train()
+        self.run.save()
+        self._status("finished")
+
+    def stop(self) -> None:
+        """All ranks stopped at one step: save there."""
+        assert self.run is not None
+        assert self.signals is not None
+        try:
+            self.run.save()
+        except LauncherError as error:
+            self.fail(error)
+            self.leave(error.exit_code)
+        self._status("preempted")
+        self.run.print(
+            f"stopped at step {self.run.completed} ({self.signals.stop or 'another rank'}); run it again to go on"
+        )
+
+    def fail(self, error: Exception) -> None:
+        """Record the failure; the first rank that fails tells it, the others only that they ended."""
+        first = True
+        if self.rundir is not None:
+            step = self.run.completed if self.run is not None else None
+            first = self.rundir.failed(
+                self.number, rank=self.world.rank, step=step, error=f"{type(error).__name__}: {error}"
+            )
+            self._status("failed", everyone=first)
+        elif isinstance(error, LauncherError) and error.exit_code == 2:
+            first = self.world.is_main  # a wrong option is wrong on every rank
+        if not first:
+            return
+        where = f" rank {self.world.rank}:" if self.world.world_size > 1 and self.rundir is not None else ""
+        if isinstance(error, LauncherError):
+            print(f"launcher:{where} {error}", file=sys.stderr, flush=True)
+        elif self.world.world_size > 1:
+            print(f"launcher:{where} the recipe failed", file=sys.stderr)
+            traceback.print_exception(error, file=sys.stderr)
+
+    def abandon(self) -> None:
+        """A second Ctrl-C: leave without a save."""
+        self._status("cancelled")
+        print("launcher: left at once; the last checkpoint stands", file=sys.stderr, flush=True)
+
+    def leave(self, code: int) -> None:
+        """End the process with `code`. With peers, at once: interpreters have been seen to abort in their teardown."""
+        self.close(ok=code == 0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.world.world_size > 1 and code:
+            os._exit(code)
+        sys.exit(code)
+
+    def close(self, *, ok: bool = True) -> None:
+        """Let go of everything; the status has been written before."""
+        if self.run is not None:
+            self.run.close()
+        if ok:
+            disconnect()
+        if self.signals is not None:
+            self.signals.close()
+
+    def _open(self, options: RunConfig, settings: Mapping[str, Any], recipe: Path) -> tuple[RunDir, int]:
+        """The run directory and this attempt's number, as rank 0 finds or makes them."""
+        opened: tuple[Path, int] | LauncherError | None = None
+        if self.world.is_main:
+            try:
+                opened = _open_run(options, settings, recipe, self.world)
+            except LauncherError as error:
+                opened = error
+        opened = self.world.broadcast(opened)
+        if isinstance(opened, LauncherError):
+            raise opened
+        assert opened is not None
+        path, number = opened
+        return RunDir(path), number
+
+    def _status(self, status: str, *, everyone: bool = False) -> None:
+        if self.rundir is not None and (self.world.is_main or everyone):
+            step = {} if self.run is None else {"global_step": self.run.completed}
+            self.rundir.update(status=status, **step)
+
+
+def _open_run(options: RunConfig, settings: Mapping[str, Any], recipe: Path, world: World) -> tuple[Path, int]:
+    rundir = RunDir.open(options.dir, name=options.name or recipe.stem)
+    saved = rundir.config()
+    if saved is not None:
+        check_resume(saved, settings, options.allow)
+    number = rundir.start_attempt(world.world_size)
+    rundir.record(settings, recipe, command=sys.argv, attempt=number, world_size=world.world_size)
+    print(f"run directory: {rundir.path}" + (f" (attempt {number})" if number > 1 else ""), file=sys.stderr, flush=True)
+    return rundir.path, number
+
+
+def _config_type(train: Callable[..., None]) -> type | None:
+    """The dataclass that `train`'s second parameter is annotated with."""
+    names = list(train.__code__.co_varnames[: train.__code__.co_argcount])
+    if len(names) == 1:
+        return None
+    # evaluated in the recipe's own namespace, so that `from __future__ import annotations` does not matter
+    hint = train.__annotations__.get(names[1]) if len(names) == 2 else None
+    if isinstance(hint, str):
+        hint = typing.get_type_hints(train, localns={"launcher": sys.modules["launcher"]}).get(names[1])
+    if not isinstance(hint, type):
+        raise RecipeError(
+            "launcher.main(train): train takes (run, cfg: Config), with the dataclass of its options, or (run)"
+        )
+    return hint
+
+
+def _set_up_torch(options: RunConfig) -> None:
+    """Thread count, TF32 and determinism: all of them change sums, so none is left to chance."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    asked = os.environ.get("OMP_NUM_THREADS") if "TORCHELASTIC_RUN_ID" not in os.environ else None
+    shared_out = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    torch.set_num_threads(options.threads or (int(asked) if asked and asked.isdigit() else shared_out))
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = options.tf32
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False

@@ -1,0 +1,290 @@
+"""Where batches come from: any map-style dataset read by position, or a stream read by cursor.
+
+A map-style dataset has no state at all: micro-batch j of step s is fetched from wherever the run stands, by any number
+of worker processes. A stream (an IterableDataset) has a cursor, which travels with each micro-batch and is saved.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from launcher.errors import UsageError
+from launcher.order import Order, Slot
+from launcher.seeds import COLLATE, SAMPLE, mix, seed_host
+from launcher.signals import ignore_signals
+from launcher.stream import Stream, is_stream
+from launcher.world import World
+
+__all__ = ["Feed", "Fetched", "Loader"]
+
+B = TypeVar("B")
+
+
+class Loader(Generic[B]):
+    """What `run.loader` returns: a dataset, how it is batched, and in which order; it holds no position."""
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        name: str,
+        batch_size: int,
+        microbatch_size: int,
+        seed: int,
+        shuffle: bool,
+        collate: Callable[[list[Any]], B] | None,
+        count: Callable[[B], int] | None,
+        unit: str,
+        workers: int,
+    ) -> None:
+        self.name, self.batch_size, self.microbatch_size = name, batch_size, microbatch_size
+        self.count, self.unit, self.workers, self.shuffle = count, unit, workers, shuffle
+        self.stream: Stream | None = None
+        self.order: Order | None = None
+        if is_stream(data):
+            self.stream = Stream(data, microbatch_size, collate or default_collate)
+        else:
+            self.order = Order(_length(data), seed, shuffle=shuffle)
+            self._fetch = Fetch(data, self.order, seed, collate)
+
+    def __len__(self) -> int:
+        """Samples in one epoch; a stream has no length."""
+        if self.order is None:
+            raise TypeError(f"loader {self.name!r} reads a stream, whose length nobody knows")
+        return self.order.size
+
+    def batches(self, slots: Iterable[Slot], world: World, cursor: Any = None) -> Iterator[tuple[Slot, Any, Any]]:
+        """The host batch of every slot, in order, with the stream's cursor after it; ends where a stream ends."""
+        if self.stream is not None:
+            return self.stream.batches(slots, world, cursor, workers=self.workers)
+        if not self.workers:
+            return ((slot, self._fetch[slot], None) for slot in slots)
+        listed, fetched = _tee(slots)
+        loader: DataLoader[Any] = DataLoader(
+            self._fetch,
+            batch_size=None,
+            sampler=fetched,  # slots, where a plain sampler yields sample indices
+            num_workers=self.workers,
+            collate_fn=_as_is,
+            pin_memory=world.device.type == "cuda",
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # else making the iterator draws from the global one
+        )
+        return ((slot, batch, None) for slot, batch in zip(listed, loader, strict=False))
+
+
+class Fetch(Dataset[Any]):
+    """Reads a slot of a map-style dataset in one call where the dataset can, every draw seeded by sample."""
+
+    def __init__(self, data: Any, order: Order, seed: int, collate: Callable[[list[Any]], Any] | None) -> None:
+        self._order, self._seed = order, seed
+        self._read, self._draws = _reader(data, collate)
+
+    def __getitem__(self, slot: Slot) -> Any:
+        """The collated micro-batch of a slot."""
+        samples = self._order.samples(slot.start, slot.stop)
+        if not self._draws:
+            return self._read(samples.tolist(), _no_seed)
+        epochs = [self._order.epoch(position) for position in range(slot.start, slot.stop)]
+        seeds = [mix(self._seed, SAMPLE, epoch, sample) for epoch, sample in zip(epochs, samples.tolist(), strict=True)]
+        seeds.append(mix(self._seed, COLLATE, slot.start))
+        return self._read(samples.tolist(), lambda k: seed_host(seeds[k]))
+
+
+class Fetched:
+    """A micro-batch on its way to the model."""
+
+    __slots__ = ("batch", "cursor", "event", "local_count", "slot")
+
+    def __init__(self, slot: Slot, batch: Any, cursor: Any, local_count: int) -> None:
+        self.slot, self.batch, self.cursor, self.local_count = slot, batch, cursor, local_count
+        self.event: torch.cuda.Event | None = None
+
+
+class Feed:
+    """This rank's micro-batches of one loader, from a step on, on the device ahead of their use."""
+
+    def __init__(self, loader: Loader[Any], slots: Iterable[Slot], world: World, cursor: Any = None) -> None:
+        self._batches = iter(loader.batches(slots, world, cursor))
+        self._count = loader.count
+        self._device = world.device
+        self._ahead: deque[Fetched] = deque()
+        self._copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        self.cursor = cursor
+
+    def take(self) -> Fetched | None:
+        """The next micro-batch, on the device; None when the data has ended."""
+        if not self._ahead and not self._fetch():
+            return None
+        fetched = self._ahead.popleft()
+        self._copy(fetched)
+        if self._copies is not None and (self._ahead or self._fetch()):
+            self._copy(self._ahead[0])
+        if fetched.event is not None:
+            torch.cuda.current_stream(self._device).wait_event(fetched.event)
+            _record_stream(fetched.batch, torch.cuda.current_stream(self._device))
+        self.cursor = fetched.cursor
+        return fetched
+
+    def look_ahead(self, number: int) -> int | None:
+        """The count of the next `number` micro-batches together, fetching them; None if the data ends before."""
+        while len(self._ahead) < number:
+            if not self._fetch():
+                return None
+        return sum(self._ahead[index].local_count for index in range(number))
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self._batches = iter(())
+        self._ahead.clear()
+
+    def _fetch(self) -> bool:
+        entry = next(self._batches, None)
+        if entry is None:
+            return False
+        slot, batch, cursor = entry
+        count = slot.stop - slot.start if self._count is None else int(self._count(batch))
+        self._ahead.append(Fetched(slot, batch, cursor, 0 if slot.padding else count))
+        return True
+
+    def _copy(self, fetched: Fetched) -> None:
+        if self._copies is None or fetched.event is not None:
+            return
+        with torch.cuda.stream(self._copies):
+            fetched.batch = _move(fetched.batch, self._device)
+            fetched.event = torch.cuda.Event()
+            fetched.event.record(self._copies)
+
+
+Reader = Callable[[list[int], Callable[[int], None]], Any]
+
+
+def _reader(data: Any, collate: Callable[[list[Any]], Any] | None) -> tuple[Reader, bool]:
+    """How to read samples [i, ...] at once, told when sample k begins (and, as k = -1, the collate); may it draw?"""
+    if collate is None:
+        if isinstance(data, TensorDataset):
+            data = data.tensors
+        if isinstance(data, torch.Tensor):
+            return lambda samples, _: data[torch.tensor(samples)], False
+        if isinstance(data, tuple):
+            return lambda samples, _: _take(data, torch.tensor(samples)), False
+        if isinstance(data, Mapping):
+            return lambda samples, _: {key: value[torch.tensor(samples)] for key, value in data.items()}, False
+        if _is_arrow(data):
+            table = data if data.format["type"] else data.with_format("torch")
+            return _seeding_first(lambda samples: table[samples]), data.format["type"] == "custom"
+    collate = collate or default_collate
+    if hasattr(data, "__getitems__"):
+        return _seeding_first(lambda samples: data.__getitems__(samples), collate), True
+    if isinstance(data, tuple | Mapping | torch.Tensor):
+        raise UsageError("collate= takes a list of samples, and a dataset of tensors is read in one slice: drop one")
+    return lambda samples, seed: _one_by_one(data, samples, seed, collate), True
+
+
+def _seeding_first(read: Callable[[list[int]], Any], collate: Callable[[Any], Any] | None = None) -> Reader:
+    """One call reads all the samples, so the first sample's seed serves them together."""
+
+    def reader(samples: list[int], seed: Callable[[int], None]) -> Any:
+        seed(0)
+        batch = read(samples)
+        if collate is None:
+            return batch
+        seed(-1)
+        return collate(batch)
+
+    return reader
+
+
+def _one_by_one(data: Any, samples: list[int], seed: Callable[[int], None], collate: Callable[[list[Any]], Any]) -> Any:
+    batch = []
+    for k, sample in enumerate(samples):
+        seed(k)
+        batch.append(data[sample])
+    seed(-1)
+    return collate(batch)
+
+
+def _take(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor[index] for tensor in tensors)
+
+
+def _no_seed(_: int) -> None:
+    """Reading draws nothing."""
+
+
+def _length(data: Any) -> int:
+    """Samples in a map-style dataset or a tuple or mapping of equally long tensors."""
+    if isinstance(data, tuple | Mapping):
+        lengths = {len(part) for part in (data.values() if isinstance(data, Mapping) else data)}
+        if len(lengths) != 1:
+            raise UsageError(f"a dataset of tensors needs tensors of one length, not {sorted(lengths)}")
+        length = lengths.pop()
+    else:
+        try:
+            length = len(data)
+        except TypeError:
+            raise UsageError(
+                f"{type(data).__name__} is no dataset: it has neither __len__ nor is it iterable"
+            ) from None
+    if length == 0:
+        raise UsageError(f"the dataset ({type(data).__name__}) is empty")
+    return length
+
+
+def _is_arrow(data: Any) -> bool:
+    """Whether this is a `datasets.Dataset`, asked without importing datasets."""
+    return type(data).__module__.startswith("datasets.") and hasattr(data, "with_format")
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    """`batch` with its tensors on `device`; page-locked first, so that the copy does not wait."""
+    if isinstance(batch, torch.Tensor):
+        return batch.pin_memory().to(device, non_blocking=True) if batch.device.type == "cpu" else batch
+    if isinstance(batch, Mapping):
+        return {key: _move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_move(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_move(value, device) for value in batch)
+    return batch
+
+
+def _record_stream(batch: Any, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that memory filled on the copy stream is in use on this one."""
+    if isinstance(batch, torch.Tensor):
+        batch.record_stream(stream)
+    elif isinstance(batch, Mapping):
+        _record_stream(list(batch.values()), stream)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            _record_stream(value, stream)
+
+
+def _tee(slots: Iterable[Slot]) -> tuple[Iterator[Slot], Iterator[Slot]]:
+    """Two readers of the same slots: one for the workers, who run ahead, one to name what comes back."""
+    waiting: deque[Slot] = deque()
+
+    def fetched() -> Iterator[Slot]:
+        for slot in slots:
+            waiting.append(slot)
+            yield slot
+
+    def listed() -> Iterator[Slot]:
+        while waiting:
+            yield waiting.popleft()
+
+    return listed(), fetched()
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    ignore_signals()
+    torch.set_num_threads(1)

@@ -1,0 +1,160 @@
+"""The steps of a run: what happens at a step's edges, so that the body between them is the recipe's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.agreement import Agreement, Ballot
+from launcher.data import Feed, Fetched, Loader
+from launcher.metrics import Metrics
+from launcher.order import Plan
+from launcher.parallel import set_gradient_sync
+from launcher.signals import Stopped
+from launcher.step import Step
+from launcher.world import World
+
+if TYPE_CHECKING:
+    from launcher.run import Run
+
+__all__ = ["Loop"]
+
+
+class Loop:
+    """Drives `run.steps`: agrees at every edge, feeds every step, saves where it is due."""
+
+    def __init__(
+        self,
+        run: Run,
+        loaders: dict[str, Loader[Any]],
+        plans: dict[str, Plan],
+        total: int | None,
+        metrics: Metrics,
+        *,
+        single: bool,
+    ) -> None:
+        self.run, self.metrics, self.single = run, metrics, single
+        self.world: World = run.world
+        self.total = total
+        self.first = next(iter(loaders), "")
+        self.batch_size = loaders[self.first].batch_size if loaders else None
+        self.keep_batches = any(loader.stream is not None for loader in loaders.values())
+        """Whether a step holds on to its micro-batches, because the recipe goes through them more than once."""
+        self.counts: dict[str, float] = {}
+        self.agreement = Agreement(run.world)
+        self.feeds: dict[str, Feed] = {}
+        self._loaders, self._plans = loaders, plans
+        self._synced = True
+        self._constant: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """The steps from where the run stands. Raises `Stopped` at the edge where the ranks agree to stop."""
+        start = index = self.run.completed
+        self._open(start)
+        self.issue(index - 1)
+        while True:
+            ballot = self.agreement.result()
+            self.metrics.settle(ballot)
+            last = bool(ballot.exhausted or ballot.finish) or (self.total is not None and index >= self.total)
+            save = index > start and self.run.save_due(index) and not last
+            if last or save or ballot.stop:  # a line must be on disk before a checkpoint of its step is
+                self.metrics.settle(self.agreement.reduce(self._ballot(index, ahead=False)))
+            if ballot.stop:
+                raise Stopped
+            if last:
+                break
+            if save:
+                self.run.save()
+            yield self._begin(index, ballot)
+            self._end(index)
+            index += 1
+        self.close()
+
+    def issue(self, index: int) -> None:
+        """Tell the other ranks what they must know before the step that follows step `index`."""
+        self.agreement.issue(self._ballot(index + 1, ahead=True))
+
+    def close(self) -> None:
+        """Let the data workers go."""
+        for feed in self.feeds.values():
+            feed.close()
+
+    def cursors(self) -> dict[str, Any]:
+        """Where each stream stands on this rank."""
+        return {name: feed.cursor for name, feed in self.feeds.items() if self._loaders[name].stream is not None}
+
+    def positions(self, step: int) -> dict[str, dict[str, int]]:
+        """The samples seen before `step`, of every loader."""
+        return {
+            name: {"samples_seen": plan.start(step), "batch_size": plan.batch_size}
+            for name, plan in self._plans.items()
+        }
+
+    def microbatches(self, index: int) -> int:
+        """Micro-batches that every rank runs in a step."""
+        return len(self._plans[self.first].share(index, self.world.rank, self.world.world_size))
+
+    def refetch(self, index: int) -> Iterator[dict[str, Fetched]]:
+        """A step's micro-batches once more: reading by position has no side effects."""
+        rank, world_size = self.world.rank, self.world.world_size
+        feeds = {
+            name: Feed(loader, iter(self._plans[name].share(index, rank, world_size)), self.world)
+            for name, loader in self._loaders.items()
+        }
+        for _ in range(self.microbatches(index)):
+            yield {name: fetched for name, feed in feeds.items() if (fetched := feed.take()) is not None}
+
+    def sync_gradients(self, last: bool) -> None:
+        """Reduce gradients over ranks in the coming backward, or (before the last micro-batch) only add them up."""
+        sync = last or self.run.config.sync == "every"
+        if sync != self._synced:
+            set_gradient_sync(self.run.models.values(), sync)
+            self._synced = sync
+
+    def constant(self, value: float, like: torch.Tensor) -> torch.Tensor:
+        """A 0-d tensor of `value`, remembered as long as it stays the same."""
+        key = (value, like.dtype)
+        if self._constant is None or self._constant[0] != key:
+            self._constant = (key, torch.full((), value, dtype=like.dtype, device=like.device))
+        return self._constant[1]
+
+    def _open(self, start: int) -> None:
+        rank, world_size = self.world.rank, self.world.world_size
+        for name, loader in self._loaders.items():
+            slots = self._plans[name].shares(start, rank, world_size)
+            self.feeds[name] = Feed(loader, slots, self.world, self.run.cursor(name))
+
+    def _begin(self, index: int, ballot: Ballot) -> Step:
+        counted = iter(ballot.counts)
+        for name, loader in self._loaders.items():
+            self.counts[name] = self._plans[name].size(index) if loader.count is None else next(counted)
+        self._step = Step(self, index)
+        return self._step
+
+    def _end(self, index: int) -> None:
+        step = self._step
+        if not self.agreement.pending:  # a body without a backward
+            self.issue(index)
+        self.run.end_step(index)
+        samples = sum(plan.size(index) for plan in self._plans.values())
+        self.metrics.finished(index + 1, step.loss_sum, step.loss_count, step.count, samples)
+
+    def _ballot(self, index: int, *, ahead: bool) -> Ballot:
+        """This rank's ballot before step `index`; `ahead`: with what the next step's data must tell."""
+        counts: list[float] = []
+        exhausted = False
+        wanted = ahead and (self.total is None or index < self.total)
+        for name, loader in self._loaders.items():
+            if loader.count is None and loader.stream is None:
+                continue
+            plan = self._plans[name]
+            number = len(plan.share(index, self.world.rank, self.world.world_size)) if wanted else 0
+            count = self.feeds[name].look_ahead(number)
+            exhausted = exhausted or count is None
+            if loader.count is not None:
+                counts.append(count or 0)
+        loss, loss_count = self.metrics.loss()
+        stop = self.run.signals.stop is not None
+        return Ballot(stop, exhausted, self.run.finish_reason is not None, loss, loss_count, tuple(counts))

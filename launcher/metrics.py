@@ -1,0 +1,300 @@
+"""Metrics: lines in metrics.jsonl, a bar on a terminal or plain lines in a log; never a reason for a GPU to wait.
+
+A line belongs to a number of completed optimizer steps. Its loss is read back while the next step runs, and is
+summed over ranks in that step's agreement, so that a line appears two steps late; at a save, and at the end, lines are
+brought up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from launcher.agreement import Ballot
+from launcher.world import World
+
+__all__ = ["Metrics", "peak_flops"]
+
+T = TypeVar("T")
+Value = float | torch.Tensor
+
+# Dense bf16 (and fp16) tensor-core peaks in FLOP/s, from NVIDIA's datasheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12,
+    "L4": 121e12, "V100": 125e12, "4090": 165e12,
+}  # fmt: skip
+
+
+@dataclass
+class Line:
+    """What is known of `step` completed steps; the loss is None where the line is of the weights alone."""
+
+    step: int
+    loss: torch.Tensor | None
+    local_count: float | None
+    count: float
+    samples: int
+    waited: float
+    ended: float
+    values: dict[str, Value] = field(default_factory=dict)
+    readback: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+
+class Metrics:
+    """The metrics of one attempt at a run; every rank keeps them, rank 0 writes them."""
+
+    def __init__(
+        self,
+        path: Path,
+        world: World,
+        *,
+        attempt: int,
+        log_every: int,
+        total: int | None = None,
+        unit: str = "samples",
+        flops: float | None = None,
+        bar: Bar | None = None,
+        track: Callable[[Mapping[str, float], int], None] | None = None,
+    ) -> None:
+        self._world, self._attempt, self._log_every, self._total = world, attempt, log_every, total
+        self._unit, self._flops, self._bar, self._track = unit, flops, bar, track
+        self._file = open(path, "a", encoding="utf-8") if world.is_main else None  # noqa: SIM115 - lives with the run
+        self._last: Line | None = None  # the newest finished step
+        self._sent: Line | None = None  # the one whose loss is in the pending agreement
+        self._values: dict[int, dict[str, Value]] = {}
+        self._marked: set[int] = set()
+        self._unwritten: set[str] = set()
+        self._written: set[str] = set()
+        self._waited = 0.0
+        self._paused = 0.0
+        self._window = Window(time.perf_counter())
+
+    def add(self, step: int, values: Mapping[str, Value]) -> None:
+        """Values for the line of `step` completed steps."""
+        detached = {key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        line = self._last
+        if line is not None and line.step == step:
+            line.values.update(detached)
+        else:
+            self._values.setdefault(step, {}).update(detached)
+
+    def mark(self, step: int) -> None:
+        """Write the line of `step` whatever `log_every` says."""
+        self._marked.add(step)
+
+    def finished(
+        self, step: int, loss: torch.Tensor | None, local_count: float | None, count: float, samples: int
+    ) -> None:
+        """A step has ended: `step` are complete, this rank's losses in it sum to `loss` (0-d, on the device)."""
+        before = self._values.pop(step - 1, None)
+        if (
+            before and step - 1 in self._marked
+        ):  # the first step after a start: its weights were never a step's end here
+            self.write(step - 1, _numbers(before))
+        line = Line(step, loss, local_count, count, samples, self._waited, time.perf_counter() - self._paused)
+        line.values = self._values.pop(step, {})
+        self._waited = 0.0
+        self._window.add(line)
+        if loss is not None and loss.device.type == "cuda":
+            line.readback = _start_readback(loss, line.values)
+        self._last = line
+
+    def loss(self) -> tuple[float, float]:
+        """What this rank tells of the newest line: its loss sum and, where counts came with the losses, their sum."""
+        line = self._sent = self._last
+        if line is None or line.loss is None or not self._due(line.step):
+            return 0.0, 0.0
+        if line.readback is not None:
+            line.readback[1].synchronize()  # of a step whose kernels are behind those already queued
+            return line.readback[0][0].item(), line.local_count or 0.0
+        return line.loss.item(), line.local_count or 0.0
+
+    def settle(self, ballot: Ballot) -> None:
+        """Write the line whose loss `ballot` sums over ranks, if it is due."""
+        line, self._sent = self._sent, None
+        if line is None:
+            return
+        if line is self._last:
+            self._last = None
+        if not self._due(line.step):
+            self._unwritten.update(line.values)
+            return
+        self._marked.discard(line.step)
+        count = line.count if line.local_count is None else ballot.loss_count
+        values: dict[str, Any] = {} if line.loss is None or not count else {"loss": ballot.loss / count}
+        values |= _numbers(line.values, line.readback) | self._rates()
+        self.write(line.step, values)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write a line now."""
+        self._written.update(values)
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"attempt": self._attempt, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._bar is not None:
+            self._bar.show(step, values)
+        if self._track is not None:
+            self._track({key: value for key, value in values.items() if isinstance(value, int | float)}, step)
+
+    def waiting(self, fetch: Callable[[], T]) -> T:
+        """Call `fetch` and count its time as waiting for data."""
+        start = time.perf_counter()
+        result = fetch()
+        self._waited += time.perf_counter() - start
+        return result
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in here (an evaluation, a save) is not the steps'."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def sync(self) -> None:
+        """Make the lines written so far durable."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> set[str]:
+        """Stop writing; returns the names that were logged and never in a line that was due."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._bar is not None:
+            self._bar.close()
+        return self._unwritten - self._written
+
+    def _due(self, step: int) -> bool:
+        return step % self._log_every == 0 or step in (1, self._total) or step in self._marked
+
+    def _rates(self) -> dict[str, float]:
+        window, self._window = self._window, Window(self._window.end)
+        seconds = max(window.end - window.start, 1e-9)
+        rates = {
+            "step_s": seconds / max(window.steps, 1),
+            "samples_per_s": window.samples / seconds,
+            "data_wait": window.waited / seconds,
+            "memory_gb": memory_gb(self._world.device),
+        }
+        if self._unit != "samples":
+            rates[f"{self._unit}_per_s"] = window.count / seconds
+        peak = peak_flops(self._world.device)
+        if self._flops is not None and peak is not None:
+            rates["mfu"] = self._flops * window.count / seconds / (peak * self._world.world_size)
+        return {key: float(f"{value:.6g}") for key, value in rates.items()}
+
+
+@dataclass
+class Window:
+    """Steps between two lines; times are of a clock that stands still during evaluations and saves."""
+
+    start: float
+    end: float = 0.0
+    steps: int = 0
+    samples: int = 0
+    count: float = 0.0
+    waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.end = self.start
+
+    def add(self, line: Line) -> None:
+        """Count a finished step."""
+        self.steps += 1
+        self.samples += line.samples
+        self.count += line.count
+        self.waited += line.waited
+        self.end = line.ended
+
+
+class Bar:
+    """Progress for a person: a bar where stderr is a terminal, else a line each time."""
+
+    def __init__(self, total: int | None, start: int, shown: tuple[str, ...] = ("loss",)) -> None:
+        self._total = total
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def show(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show the line of `step`."""
+        text = "  ".join(
+            f"{key} {_short(value)}" for key, value in values.items() if key not in ("step_s", "memory_gb")
+        )
+        if self._bar is None:
+            of = "" if self._total is None else f"/{self._total}"
+            print(f"step {step}{of}  {text}", file=sys.stderr, flush=True)
+        elif step >= self._bar.n:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The datasheet's dense bf16 FLOP/s of a GPU, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory this rank has held so far, in GB: on its GPU, or (on a CPU) resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _start_readback(loss: torch.Tensor, values: Mapping[str, Value]) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """Copy the loss and the logged tensors to the host behind the work that computes them."""
+    tensors = [loss, *(value for value in values.values() if isinstance(value, torch.Tensor))]
+    packed = torch.stack([tensor.to(loss.device, torch.float64, non_blocking=True).reshape(()) for tensor in tensors])
+    host = torch.empty(packed.shape, dtype=torch.float64, pin_memory=True).copy_(packed, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _numbers(
+    values: Mapping[str, Value], readback: tuple[torch.Tensor, torch.cuda.Event] | None = None
+) -> dict[str, Any]:
+    """Logged values as numbers, from the readback where there is one."""
+    read = iter([] if readback is None else readback[0].tolist()[1:])
+    numbers: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor):
+            number = next(read, None)  # a tensor logged after the readback began is read here
+            numbers[key] = value.item() if number is None else number
+        else:
+            numbers[key] = value
+    return numbers
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

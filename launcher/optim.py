@@ -1,0 +1,119 @@
+"""The recipe's optimizer, stepped only on gradients that are whole: synchronised, unscaled, normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from launcher.errors import RecipeError
+from launcher.parallel import Replica
+
+__all__ = ["Optimizer", "clip_gradients"]
+
+
+class Optimizer:
+    """A torch optimizer that refuses to step on half a gradient, and skips what must be skipped.
+
+    `inner` is the torch optimizer itself (for a torch LR scheduler, say). With fp16 all optimizers of a run share one
+    gradient scaler, because one loss may feed several of them; its scale moves once a step, at the step's end.
+    """
+
+    def __init__(
+        self, inner: torch.optim.Optimizer, models: list[nn.Module], scaler: torch.amp.GradScaler | None
+    ) -> None:
+        self.inner, self.scaler = inner, scaler
+        self.stepped = self.skipped = False
+        """Whether this step has called `step`, and whether it was skipped: nothing counted, or an fp16 overflow."""
+        self.initial_groups = [hyperparameters(group) for group in inner.param_groups]
+        self._models = models
+        self._factor: Callable[[], float | None] = _outside
+        self._finished = False
+        inner.register_step_post_hook(self._applied)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The torch optimizer's parameter groups."""
+        return self.inner.param_groups
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter this optimizer updates."""
+        return [parameter for group in self.inner.param_groups for parameter in group["params"]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        """Update the parameters, or skip the update where nothing was counted or fp16 overflowed.
+
+        Raises:
+            RecipeError: no synchronised backward stands behind the gradients.
+        """
+        whole = self.finish_gradients()
+        self.stepped = self.skipped = True
+        if whole and self.scaler is None:
+            self.inner.step()
+        elif whole and self.scaler is not None:
+            self.scaler.step(self.inner)
+
+    def begin(self, factor: Callable[[], float | None]) -> None:
+        """Begin a pass over a step's micro-batches; `factor` is what its gradients must be multiplied with at the end,
+        None where there is nothing to apply."""
+        self._factor, self._finished = factor, False
+
+    def finish_gradients(self) -> bool:
+        """Unscale and normalise the gradients, once; False where there is nothing to apply."""
+        factor = self._factor()
+        if factor is None:
+            return False
+        if not self._finished:
+            self._check_synced()
+            if self.scaler is not None:
+                self.scaler.unscale_(self.inner)
+                self._agree_on_overflow(self.scaler)
+            if factor != 1.0:
+                gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+                torch._foreach_mul_(_local(gradients), factor)
+            self._finished = True
+        return True
+
+    def _applied(self, *_: object) -> None:
+        self.skipped = False
+
+    def _check_synced(self) -> None:
+        for model in self._models:
+            if isinstance(model, Replica) and not model.synced:
+                raise RecipeError(
+                    f"{type(model.module).__name__} was trained without a forward pass through it: call model(...), "
+                    "not one of its methods or parts, or the ranks' gradients differ"
+                )
+
+    def _agree_on_overflow(self, scaler: torch.amp.GradScaler) -> None:
+        """A shard sees only its own overflow; all ranks must skip, or none."""
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            for found in scaler._per_optimizer_states[id(self.inner)]["found_inf_per_device"].values():
+                dist.all_reduce(_local([found])[0], op=dist.ReduceOp.MAX)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients so that their total 2-norm is at most `max_norm`; returns the norm before, a 0-d tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def _outside() -> float | None:
+    raise RecipeError("optimizer.step() outside of a step: it belongs in the body of `for step in run.steps(...)`")

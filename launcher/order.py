@@ -1,0 +1,147 @@
+"""The order of the data: which samples make micro-batch j of step s, by arithmetic alone.
+
+Position p of the run is sample `perm(seed, p // N)(p % N)` of epoch `p // N`. Nothing is stored and nothing is
+replayed, so a resumed run, and one on another number of ranks, reads the same samples in the same micro-batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from launcher.seeds import ORDER, mix
+
+__all__ = ["Order", "Plan", "Slot", "permute"]
+
+Ints = npt.NDArray[np.int64]
+
+ROUNDS = 8
+BLOCK = 4096  # positions ordered at once, so that numpy's cost a call is shared by many steps
+
+
+def permute(index: Ints, size: int, key: int) -> Ints:
+    """Where `index` (any shape, values in [0, size)) goes in the permutation of [0, size) that `key` names.
+
+    A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside (Black
+    and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): O(1) memory, whatever the size.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = [np.uint64(mix(key, round_)) for round_ in range(ROUNDS)]
+    result = index.astype(np.uint64)
+    outside = np.ones(result.shape, dtype=bool)
+    while outside.any():
+        value = result[outside]
+        left, right = value >> half, value & low
+        for round_key in keys:
+            left, right = right, left ^ (_scramble(right ^ round_key) & low)
+        result[outside] = (left << half) | right
+        outside = result >= np.uint64(size)
+    return result.astype(np.int64)
+
+
+def _scramble(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser: every bit of the result depends on every bit of `value`."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+class Order:
+    """The samples of a dataset of `size` in the order a run sees them, epoch after epoch."""
+
+    def __init__(self, size: int, seed: int, *, shuffle: bool) -> None:
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self._block = -1
+        self._samples: Ints = np.empty(0, dtype=np.int64)
+
+    def samples(self, start: int, stop: int) -> Ints:
+        """The sample at each position from `start` up to `stop`."""
+        first, last = start // BLOCK, (stop - 1) // BLOCK
+        if first == last:
+            return self._ordered(first)[start - first * BLOCK : stop - first * BLOCK]
+        edges = [start, *((block + 1) * BLOCK for block in range(first, last)), stop]
+        return np.concatenate([self.samples(a, b) for a, b in itertools.pairwise(edges)])
+
+    def epoch(self, position: int) -> int:
+        """The epoch that a position is in."""
+        return position // self.size
+
+    def _ordered(self, block: int) -> Ints:
+        if block != self._block:
+            positions = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64)
+            epochs, samples = np.divmod(positions, self.size)
+            if self.shuffle:
+                for epoch in np.unique(epochs):
+                    here = epochs == epoch
+                    samples[here] = permute(samples[here], self.size, mix(self.seed, ORDER, int(epoch)))
+            self._block, self._samples = block, samples
+        return self._samples
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Micro-batch `index` of step `step`: positions `start` up to `stop`.
+
+    `padding` marks a repeat that a rank runs with weight zero, because collectives need every rank to run as many.
+    """
+
+    step: int
+    index: int
+    start: int
+    stop: int
+    padding: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How positions become steps, and micro-batches go to ranks: micro-batch j to rank j modulo the world size.
+
+    Step s holds `batch_size` positions from `base + (s - base_step) * batch_size`; the base moves only when a resumed
+    run changes its batch size. With `end`, the last batch is the short one that reaches it.
+    """
+
+    batch_size: int
+    microbatch_size: int
+    end: int | None = None
+    base: int = 0
+    base_step: int = 0
+
+    def start(self, step: int) -> int:
+        """The first position of a step; also the number of samples seen before it."""
+        start = self.base + (step - self.base_step) * self.batch_size
+        return start if self.end is None else min(start, self.end)
+
+    def size(self, step: int) -> int:
+        """Samples in a step: the batch size, less in a last short batch, 0 past the end."""
+        return self.start(step + 1) - self.start(step)
+
+    def steps(self) -> int | None:
+        """The number of steps until `end`, None without one."""
+        return None if self.end is None else self.base_step + -(-(self.end - self.base) // self.batch_size)
+
+    def share(self, step: int, rank: int, world_size: int) -> list[Slot]:
+        """The micro-batches of a step that a rank runs, in order; every rank gets as many."""
+        start, stop = self.start(step), self.start(step + 1)
+        total = -(-(stop - start) // self.microbatch_size)
+        return [self._slot(step, j, total, start, stop) for j in range(rank, _round_up(total, world_size), world_size)]
+
+    def shares(self, step: int, rank: int, world_size: int) -> Iterator[Slot]:
+        """The micro-batches of every step from `step` on."""
+        while self.size(step):
+            yield from self.share(step, rank, world_size)
+            step += 1
+
+    def _slot(self, step: int, index: int, total: int, start: int, stop: int) -> Slot:
+        if index >= total:
+            return replace(self._slot(step, 0, total, start, stop), padding=True)
+        first = start + index * self.microbatch_size
+        return Slot(step, index, first, min(first + self.microbatch_size, stop))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

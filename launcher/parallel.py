@@ -1,0 +1,200 @@
+"""From a module as the recipe wrote it to one that computes the same on every rank.
+
+The order matters and is the same on a CPU and on GPUs: built and initialised on the host under one seed, activation
+checkpointed, compiled by block, given autocast, then replicated (DDP) or sharded (FSDP2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from launcher.config import RunConfig
+from launcher.errors import UsageError
+from launcher.world import World
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Blocks", "Replica", "all_gather", "broadcast_buffers", "plain_name", "set_gradient_sync", "wrap"]
+
+Blocks = type[nn.Module] | tuple[type[nn.Module], ...] | None
+
+WRAPPERS = re.compile(r"(^module\.)|_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
+
+
+class Replica(DistributedDataParallel):
+    """DDP that lends its module's attributes, so that a recipe reads `model.config` on one GPU and on eight.
+
+    `synced` tells whether a forward pass went through DDP since it was last cleared: a backward of anything else
+    (`model.head(x)`) would leave gradients that differ between ranks.
+    """
+
+    synced = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's forward, with gradients reduced in the backward that follows."""
+        self.synced = self.synced or self.require_backward_grad_sync
+        return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers and compilers put into it."""
+    return WRAPPERS.sub("", name)
+
+
+def wrap(
+    model: nn.Module, run: RunConfig, world: World, accelerator: Accelerator, *, blocks: Blocks, unused: bool
+) -> nn.Module:
+    """`model` (on the CPU, initialised) made parallel on `world`, with the precision and compilation of `run`."""
+    repeated = find_blocks(model, blocks)
+    if run.activation_checkpointing:
+        for block in _need(repeated, "--run.activation-checkpointing"):
+            _recompute(block)
+    if run.compile != "off" and run.compile_scope == "block":
+        for block in _need(repeated, "--run.compile-scope block"):
+            block.compile(**_compile_options(run))
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    if run.shard != "none":
+        _shard(model, repeated, run, _mesh(run, world))
+    # evaluation_mode: autocast and the device are Accelerate's, the wrapping is ours
+    model = accelerator.prepare_model(model, device_placement=run.shard == "none", evaluation_mode=True)
+    if run.shard == "none" and world.world_size > 1 and trains:
+        model = _replicate(model, world, unused=unused)
+    if run.compile != "off" and run.compile_scope == "model":
+        model.compile(**_compile_options(run))
+    return model
+
+
+def find_blocks(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
+    """The modules of a model that repeat: of the classes `blocks`, or of those a transformers model must not split, or
+    the elements of the lists (`nn.ModuleList`, `nn.Sequential`) that hold two or more modules of one class."""
+    if blocks is not None:
+        return [module for module in model.modules() if isinstance(module, blocks)]
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    if names:
+        return [module for module in model.modules() if type(module).__name__ in names]
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and id(module) not in inside:
+            classes = Counter(type(child) for child in module if any(child.children()))
+            repeats = [child for child in module if classes[type(child)] > 1]
+            found.extend(repeats)
+            inside.update(id(inner) for child in repeats for inner in child.modules())
+    return found
+
+
+def set_gradient_sync(models: Iterable[nn.Module], sync: bool) -> None:
+    """Whether the next forward and backward reduce gradients over ranks: `no_sync` without its context manager."""
+    for model in models:
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = sync
+        elif isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(sync)
+
+
+def broadcast_buffers(models: Iterable[nn.Module], world: World) -> None:
+    """Rank 0's buffers (BatchNorm's running means drift apart between ranks) on every rank."""
+    if world.world_size == 1:
+        return
+    for model in models:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def all_gather(value: torch.Tensor, world: World) -> torch.Tensor:
+    """Every rank's rows of `value`, in rank order, with gradients. Shapes: [n_rank, ...] to [sum of n_rank, ...]."""
+    sizes = world.gather(value.shape[0])
+    return _AllGather.apply(value, sizes, world.rank)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _AllGather(torch.autograd.Function):
+    """Gather rows; a row's gradient is the sum of what every rank's loss says of it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, sizes: list[int], rank: int) -> torch.Tensor:
+        ctx.start, ctx.size = sum(sizes[:rank]), sizes[rank]
+        padded = value.new_zeros(max(sizes), *value.shape[1:])
+        padded[: value.shape[0]] = value
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.start : ctx.start + ctx.size], None, None
+
+
+def _recompute(block: nn.Module) -> None:
+    """Activation checkpointing in place, so that names stay clean; dropout repeats its mask in the recomputation."""
+    forward = block.forward
+    block.forward = lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, preserve_rng_state=True, **k)
+
+
+def _need(blocks: list[nn.Module], option: str) -> list[nn.Module]:
+    if not blocks:
+        raise UsageError(
+            f"{option} found no repeated block in the model: name its class in run.build(..., blocks=Block)"
+        )
+    return blocks
+
+
+def _compile_options(run: RunConfig) -> dict[str, Any]:
+    return {} if run.compile == "default" else {"mode": run.compile}
+
+
+def _replicate(model: nn.Module, world: World, *, unused: bool) -> Replica:
+    """Wrap in DDP, and settle its buckets.
+
+    DDP re-orders its buckets after the first backward, so that the first step after a resume would sum in another
+    order than the same step of the straight run. A backward over the bare parameters makes it do so now.
+    """
+    replica = Replica(
+        model,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,  # rank 0's are the ones that count: broadcast before evaluation, and saved
+        gradient_as_bucket_view=True,
+        find_unused_parameters=unused,
+    )
+    replica.reducer.prepare_for_backward([])
+    zeros = [(parameter * 0).sum() for parameter in model.parameters() if parameter.requires_grad]
+    torch.stack(zeros).sum().backward()
+    replica.zero_grad(set_to_none=True)
+    return replica
+
+
+def _mesh(run: RunConfig, world: World) -> DeviceMesh:
+    if run.shard == "hybrid":
+        nodes, rest = divmod(world.world_size, world.local_world_size)
+        if rest:
+            raise UsageError(f"--run.shard hybrid needs as many ranks on every node: {world.world_size} are uneven")
+        shape = (nodes, world.local_world_size)
+        return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
+
+
+def _shard(model: nn.Module, blocks: list[nn.Module], run: RunConfig, mesh: DeviceMesh) -> None:
+    """FSDP2, a block at a time, gradients reduced in fp32 whatever the precision of the forward pass."""
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision or "no")
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)

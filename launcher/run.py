@@ -1,0 +1,373 @@
+"""The handle that a recipe's `train(run, cfg)` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launcher.average import average
+from launcher.config import RunConfig
+from launcher.data import Loader
+from launcher.errors import RecipeError, UsageError
+from launcher.loop import Loop
+from launcher.metrics import Bar, Metrics
+from launcher.optim import Optimizer
+from launcher.parallel import Blocks, all_gather, wrap
+from launcher.rundir import RunDir
+from launcher.save import Saver
+from launcher.seeds import WEIGHTS, mix
+from launcher.signals import Signals, Stopped
+from launcher.state import frozen_digest, parameter_names
+from launcher.step import Step
+from launcher.world import World
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Run"]
+
+M = TypeVar("M", bound=nn.Module)
+B = TypeVar("B")
+
+
+class Run:
+    """One attempt at a run: the world it has, what the recipe registered, and how far it is."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: Mapping[str, Any],
+        world: World,
+        accelerator: Accelerator,
+        rundir: RunDir,
+        attempt: int,
+        signals: Signals,
+    ) -> None:
+        """`settings` is the resolved config, the recipe's options and the run's, as config.json has it."""
+        self.config, self.world, self.signals = config, world, signals
+        self.models: dict[str, nn.Module] = {}
+        self.frozen: dict[str, str] = {}
+        """The digest of each model's frozen parameters, as built."""
+        self.optimizers: list[Optimizer] = []
+        self.tracked: dict[str, tuple[Any, bool]] = {}
+        self.loaders: list[Loader[Any]] = []
+        self.scaler = torch.amp.GradScaler(world.device.type) if config.precision == "fp16" else None
+        self.completed = 0
+        """Optimizer steps completed, over all attempts."""
+        self.finish_reason: str | None = None
+        self._accelerator, self._rundir, self._attempt = accelerator, rundir, attempt
+        self._saver = Saver(self, rundir, attempt, settings)
+        self._metrics: Metrics | None = None
+        self._loop: Loop | None = None
+        self._bar: Bar | None = None
+        self._builds = 0
+
+    @property
+    def rank(self) -> int:
+        """This process among all of the run's."""
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes of the run."""
+        return self.world.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.world.is_main
+
+    @property
+    def device(self) -> torch.device:
+        """The device this rank computes on."""
+        return self.world.device
+
+    @property
+    def dir(self) -> Path:
+        """The run directory."""
+        return self._rundir.path
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.seed
+
+    def build(
+        self,
+        make: Callable[[], M],
+        *,
+        frozen: bool = False,
+        name: str | None = None,
+        blocks: Blocks = None,
+        find_unused_parameters: bool = False,
+    ) -> M:
+        """The module that `make` returns, initialised alike on every rank, on the device, compiled and parallel.
+
+        `make` runs on the CPU under a seed of its own, so the weights are the same for every number of ranks. What
+        comes back is to be called as the module (`model(x)`); under DDP it lends the module's attributes. The forward
+        runs under autocast where a precision is set, and returns fp32.
+
+        Args:
+            make: builds and initialises the module; called once.
+            frozen: a reference that is not trained, not replicated and not saved.
+            name: what it is called in checkpoints; the first is `model`.
+            blocks: the class (or classes) of the blocks that repeat, for compiling, sharding and recomputation; found
+                by itself in a transformers model and in `nn.ModuleList`s of one class.
+            find_unused_parameters: DDP's, for a model whose parameters do not all take part in every step.
+
+        Raises:
+            RecipeError: built after the steps began, or a name used twice.
+            UsageError: an option asks for blocks and the model has none.
+        """
+        name = name or ("model" if not self._builds else f"model_{self._builds}")
+        self._before_steps(f"run.build(name={name!r})", name, self.models)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(self.seed, WEIGHTS, self._builds))
+            with torch.device("cpu"):
+                model = make()
+        self._builds += 1
+        if frozen:
+            model.requires_grad_(False).eval()
+        else:
+            self.frozen[name] = frozen_digest(model)
+            self._saver.initialise(name, model)
+        wrapped = wrap(model, self.config, self.world, self._accelerator, blocks=blocks, unused=find_unused_parameters)
+        if not frozen:
+            self.models[name] = wrapped
+        return wrapped  # type: ignore[return-value]  # under DDP a Replica, which lends M's attributes
+
+    def optimizer(self, inner: torch.optim.Optimizer) -> Optimizer:
+        """The optimizer, stepped on whole gradients only, and saved with the run."""
+        self._before_steps("run.optimizer", "", {})
+        ids = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+        unknown = ids - set(parameter_names(self.models))
+        if unknown:
+            raise RecipeError(
+                f"{type(inner).__name__} has {len(unknown)} parameters that are in no model of run.build: make the "
+                "optimizer from the model that run.build returned"
+            )
+        models = [m for m in self.models.values() if any(id(parameter) in ids for parameter in m.parameters())]
+        self.optimizers.append(Optimizer(inner, models, self.scaler))
+        return self.optimizers[-1]
+
+    def loader(
+        self,
+        data: Any,
+        *,
+        batch_size: int,
+        microbatch_size: int | None = None,
+        shuffle: bool = True,
+        collate: Callable[[list[Any]], B] | None = None,
+        count: Callable[[B], int] | None = None,
+        unit: str | None = None,
+    ) -> Loader[B]:
+        """Batches of `data`: a map-style dataset, a tuple or dict of tensors, a `datasets` table, or a stream.
+
+        Args:
+            data: what to read. `__getitems__` is used where there is one; a `datasets` table is read a micro-batch at
+                a time as a dict of stacked tensors, unless `collate` is given.
+            batch_size: samples an optimizer step, over the whole job.
+            microbatch_size: samples a forward pass; the default is the whole batch in one.
+            shuffle: a new order every epoch, from the run's seed.
+            collate: from a list of samples to a batch; the default is torch's.
+            count: what a micro-batch adds to what the loss is divided by (its unmasked tokens, say); the default is
+                its samples.
+            unit: what `count` counts, for the metrics: `tokens`.
+        """
+        microbatch_size = batch_size if microbatch_size is None else microbatch_size
+        if batch_size < 1 or not 1 <= microbatch_size <= batch_size:
+            raise UsageError(
+                f"batch_size {batch_size} in micro-batches of {microbatch_size}: both at least 1, the second no larger"
+            )
+        loader = Loader(
+            data,
+            name=f"loader_{len(self.loaders)}" if self.loaders else "loader",
+            batch_size=batch_size,
+            microbatch_size=microbatch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            collate=collate,
+            count=count,
+            unit=unit or ("samples" if count is None else "counts"),
+            workers=self.config.workers,
+        )
+        self.loaders.append(loader)
+        return loader
+
+    def steps(
+        self,
+        data: Loader[Any] | Mapping[str, Loader[Any]] | None = None,
+        *,
+        total: int | None = None,
+        epochs: int | None = None,
+        flops: float | None = None,
+    ) -> Iterator[Step]:
+        """The optimizer steps of the run, from where it stands: resumes, saves, logs and stops at their edges.
+
+        Args:
+            data: a loader, a dict of them (a step then yields dicts), or None for data that the recipe generates.
+            total: optimizer steps.
+            epochs: passes over the data instead; they end in one short batch.
+            flops: the model's FLOPs, forward and backward, for each thing that is counted, to report MFU.
+
+        Raises:
+            RecipeError: used a second time: one run has one loop.
+            UsageError: the batch size cannot be dealt out to this world.
+            Stopped: (through the recipe) all ranks have agreed to stop.
+        """
+        if self._loop is not None:
+            raise RecipeError("run.steps was used before: a second stage is a run of its own, with --run.init-from")
+        loaders = dict(data) if isinstance(data, Mapping) else {} if data is None else {data.name: data}
+        plans = self._saver.plans(loaders, total, epochs)
+        if epochs is not None:
+            total = plans[next(iter(plans))].steps()
+        self._say_caveats(loaders)
+        self.completed = self._saver.restore(plans)
+        if total is not None and self.completed > total:
+            raise UsageError(
+                f"the run is at step {self.completed}, past the {total} asked for: ask for more, or a fresh run"
+            )
+        first = next(iter(loaders.values()), None)
+        self._bar = Bar(total, self.completed) if self.is_main else None
+        self._metrics = Metrics(
+            self._rundir.path / "metrics.jsonl",
+            self.world,
+            attempt=self._attempt,
+            log_every=self.config.log_every,
+            total=total,
+            unit=first.unit if first is not None else "samples",
+            flops=flops,
+            bar=self._bar,
+            track=self._tracker() if self.config.tracker else None,
+        )
+        if self.is_main:
+            self._rundir.update(status="running", global_step=self.completed, total_steps=total)
+        self._loop = Loop(self, loaders, plans, total, self._metrics, single=not isinstance(data, Mapping))
+        return self._loop.steps()
+
+    def average(self, score: Callable[[Any], Mapping[str, tuple[Any, Any]]], data: Loader[Any]) -> dict[str, float]:
+        """Exact means over a whole dataset and all ranks.
+
+        `score(batch)` gives, for each name, a sum and the count to divide it by. Models are in evaluation mode and no
+        gradients are kept in here; both are restored, also when the ranks agree to stop inside.
+        """
+        with self._metrics.pause() if self._metrics is not None else nullcontext():
+            return average(self, score, data)
+
+    def mean(self, value: torch.Tensor | float) -> torch.Tensor:
+        """The mean of a value over ranks, without gradient, on the device."""
+        total = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total / self.world_size
+
+    def all_gather(self, value: torch.Tensor) -> torch.Tensor:
+        """Every rank's rows in rank order, with gradients (Accelerate's gather has none); sizes may differ.
+
+        Shapes: [n_rank, ...] on each rank gives [sum of n_rank, ...].
+        """
+        return value if self.world_size == 1 else all_gather(value, self.world)
+
+    def track(self, obj: Any, name: str | None = None, *, per_rank: bool = False) -> None:
+        """Save and restore an object of the recipe's own through its `state_dict` and `load_state_dict`.
+
+        With `per_rank` each rank keeps its own (numbers and text only), and a resume needs the same world size.
+        """
+        name = name or f"object_{len(self.tracked)}"
+        self._before_steps(f"run.track(name={name!r})", name, self.tracked)
+        self.tracked[name] = (obj, per_rank)
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Write a metrics line of the weights as they are, now; rank 0's values."""
+        numbers = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        if self._metrics is None:
+            raise RecipeError("run.log before run.steps: there is no step yet to log for")
+        self._metrics.write(self.completed, numbers)
+
+    def print(self, *values: object) -> None:
+        """Print on rank 0, without breaking the progress bar."""
+        text = " ".join(map(str, values))
+        if self._bar is not None:
+            self._bar.print(text)
+        elif self.is_main:
+            print(text, flush=True)
+
+    def finish(self, reason: str) -> None:
+        """End the steps at the next edge, on all ranks; the recipe goes on behind its loop."""
+        self.finish_reason = reason
+
+    def save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due at a step's edge."""
+        return self.config.save_every > 0 and step % self.config.save_every == 0
+
+    def save(self) -> None:
+        """Write a checkpoint of the completed steps, if there is none yet."""
+        with self._metrics.pause() if self._metrics is not None else nullcontext():
+            if self._metrics is not None:
+                self._metrics.sync()
+            self._saver.save(self._loop)
+
+    def cursor(self, name: str) -> Any:
+        """Where a restored stream goes on."""
+        return self._saver.cursors.get(name)
+
+    def check_stop(self) -> None:
+        """Where the state is whole, let all ranks agree whether to stop here; raises `Stopped` if they do."""
+        [stop] = self.world.sum(float(self.signals.stop is not None))
+        if stop and not self.mid_step:
+            raise Stopped
+
+    @property
+    def mid_step(self) -> bool:
+        """Whether an optimizer has stepped in a body that has not ended: nothing may be saved then."""
+        return any(optimizer.stepped for optimizer in self.optimizers)
+
+    def end_step(self, index: int) -> None:
+        """A body has ended: the state is whole again."""
+        for optimizer in self.optimizers:
+            if optimizer.skipped:
+                self.print(
+                    f"step {index + 1}: update skipped: {'fp16 overflow' if self.scaler else 'nothing was counted'}"
+                )
+        if self.scaler is not None and self.mid_step:
+            self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.stepped = optimizer.skipped = False
+        self.completed = index + 1
+
+    def close(self) -> None:
+        """Stop the workers and the metrics."""
+        if self._loop is not None:
+            self._loop.close()
+        if self._metrics is not None:
+            unwritten = self._metrics.close()
+            if unwritten and self.is_main:
+                print(
+                    f"launcher: never in a metrics line that was due: {', '.join(sorted(unwritten))}: use step.every()"
+                )
+
+    def _say_caveats(self, loaders: Mapping[str, Loader[Any]]) -> None:
+        for name, loader in loaders.items():
+            for caveat in loader.stream.caveats() if loader.stream is not None else ():
+                self.print(f"launcher: stream {name!r}: {caveat}")
+
+    def _tracker(self) -> Callable[[Mapping[str, float], int], None]:
+        """Accelerate's trackers, one run of theirs for all attempts."""
+        from accelerate.utils import ProjectConfiguration
+
+        self._accelerator.project_configuration = ProjectConfiguration(logging_dir=str(self.dir / "trackers"))
+        self._accelerator.log_with = list(self.config.tracker)
+        self._accelerator.init_trackers(self.dir.name)
+        return lambda values, step: self._accelerator.log(dict(values), step=step)
+
+    def _before_steps(self, what: str, name: str, taken: Mapping[str, Any]) -> None:
+        if self._loop is not None:
+            raise RecipeError(f"{what} after run.steps: what a checkpoint holds must be known before the first step")
+        if name in taken:
+            raise RecipeError(f"{what}: the name is taken")

@@ -1,0 +1,50 @@
+"""Every random draw of a run is a function of (seed, what it is for, where it is), never of a rank or of history."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+__all__ = ["COLLATE", "MICROBATCH", "ORDER", "SAMPLE", "WEIGHTS", "mix", "seed_host", "seed_microbatch"]
+
+# What a seed is for; the numbers are part of what a run's results depend on, so they never change.
+WEIGHTS, ORDER, MICROBATCH, SAMPLE, COLLATE = range(1, 6)
+
+MASK = (1 << 64) - 1
+
+
+def mix(*words: int) -> int:
+    """One 64-bit seed from integers: SplitMix64's output function (Steele, Lea and Flood, 2014), chained.
+
+    Python's `hash` would do, but is not promised to stay the same between versions.
+    """
+    state = 0
+    for word in words:
+        state = (state ^ (word & MASK)) + 0x9E3779B97F4A7C15 & MASK
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & MASK
+        state ^= state >> 31
+    return state
+
+
+def seed_host(seed: int) -> None:
+    """Seed the three generators that datasets draw from: `random`, numpy's and torch's on the CPU.
+
+    The generator is seeded directly: `torch.manual_seed` also walks every backend and costs a hundred times as much.
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
+def seed_microbatch(seed: int, step: int, microbatch: int, device: torch.device, *, iteration: int = 0) -> None:
+    """Seed everything that a forward pass may draw from, before micro-batch `microbatch` of step `step`.
+
+    `iteration` counts the times that the step's micro-batches were gone through before.
+    """
+    value = mix(seed, MICROBATCH, step, microbatch, iteration)
+    seed_host(value)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(value)

@@ -1,0 +1,192 @@
+"""A run's state as names and tensors: what a checkpoint holds, and how a new process takes it over.
+
+Names are the plain module's: `model/blocks.0.weight`, `optimizer/exp_avg/model/blocks.0.weight`, `track/ema/weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from launcher.checkpoint import Index, State
+from launcher.errors import CheckpointError, RecipeError
+from launcher.optim import Optimizer, hyperparameters
+from launcher.parallel import plain_name
+
+__all__ = [
+    "add_module",
+    "add_optimizer",
+    "add_tracked",
+    "frozen_digest",
+    "parameter_names",
+    "restore_optimizer",
+    "restore_tracked",
+]
+
+TENSOR = "$tensor"  # stands in a tracked object's JSON for the tensor of that name
+
+
+def add_module(state: State, name: str, model: nn.Module) -> None:
+    """Add what a model's checkpoint holds: trainable parameters and persistent buffers, ties as aliases.
+
+    Frozen parameters are not in it: `run.build` makes them anew, and their digest is compared on resume.
+    """
+    first: dict[int, str] = {}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    persistent = set(model.state_dict(keep_vars=True))
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            _add(state, f"{name}/{plain_name(key)}", parameter.detach(), first, id(parameter))
+    for key, buffer in buffers.items():
+        if key in persistent:
+            full = f"{name}/{plain_name(key)}"
+            _add(state, full, buffer, first, id(buffer))
+            state.rank0 |= {full}
+
+
+def add_optimizer(state: State, name: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    """Add an optimizer's moments, by parameter, and its groups' hyperparameters; `names` maps id(parameter) to name."""
+    scalars: dict[str, dict[str, Any]] = {}
+    for parameter, moments in optimizer.inner.state.items():
+        for key, value in moments.items():
+            full = names[id(parameter)]
+            if isinstance(value, torch.Tensor):
+                state.tensors[f"{name}/{key}/{full}"] = value
+            else:
+                scalars.setdefault(full, {})[key] = value
+    state.values[name] = {
+        "groups": [_jsonable(hyperparameters(group)) for group in optimizer.param_groups],
+        "initial_groups": [_jsonable(group) for group in optimizer.initial_groups],
+        "scalars": scalars,
+    }
+
+
+def restore_optimizer(state: State, name: str, optimizer: Optimizer, names: Mapping[int, str], index: Index) -> None:
+    """Make room in `state` for the moments that a checkpoint holds, and take over the groups' hyperparameters.
+
+    A hyperparameter that the config has changed since (which the resume had to be allowed) keeps its new value.
+    """
+    saved = index.values.get(name)
+    if not isinstance(saved, dict) or len(saved["groups"]) != len(optimizer.param_groups):
+        raise CheckpointError(f"the checkpoint has no {name} with {len(optimizer.param_groups)} parameter groups")
+    for group, initial, then, now in zip(
+        optimizer.param_groups, optimizer.initial_groups, saved["initial_groups"], saved["groups"], strict=True
+    ):
+        for key, value in now.items():
+            if key in initial and _jsonable(initial)[key] == then.get(key):
+                _set_hyperparameter(group, key, value)
+    by_name = {
+        names[id(parameter)]: (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
+    }
+    for full, (parameter, _) in by_name.items():
+        optimizer.inner.state[parameter].update(saved["scalars"].get(full, {}))
+    for entry in index.tensors:
+        key, _, full = entry.removeprefix(f"{name}/").partition("/")
+        if entry.startswith(f"{name}/") and full in by_name:
+            parameter, group = by_name[full]
+            state.tensors[entry] = optimizer.inner.state[parameter][key] = _room(index, entry, parameter, group)
+
+
+def add_tracked(state: State, name: str, tracked: Any) -> None:
+    """Add an object with `state_dict`: its tensors under their names, the rest as JSON."""
+    state.values[f"track/{name}"] = _flatten(tracked.state_dict(), f"track/{name}", state.tensors)
+
+
+def restore_tracked(state: State, name: str, tracked: Any, index: Index) -> Callable[[], None]:
+    """Make room for an object's tensors; call the result once they are read."""
+    if f"track/{name}" not in index.values:
+        raise CheckpointError(f"the checkpoint has nothing for run.track(..., {name!r}): it was saved without it")
+    live: dict[str, torch.Tensor] = {}
+    _flatten(tracked.state_dict(), f"track/{name}", live)
+    rooms: dict[str, torch.Tensor] = {}
+    for entry, spec in index.tensors.items():
+        if entry.startswith(f"track/{name}/"):
+            like = live.get(entry)
+            same = like is not None and tuple(like.shape) == tuple(spec.shape)
+            rooms[entry] = torch.zeros_like(like) if same and like is not None else _empty(index, entry)
+    state.tensors |= rooms
+    return lambda: tracked.load_state_dict(_unflatten(index.values[f"track/{name}"], rooms))
+
+
+def parameter_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The full name of every parameter, by id; a tied one has its first."""
+    names: dict[int, str] = {}
+    for name, model in models.items():
+        for key, parameter in model.named_parameters():
+            names.setdefault(id(parameter), f"{name}/{plain_name(key)}")
+    return names
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """A digest of the parameters that are not trained, names and bytes; "" without any. For a model on the CPU."""
+    digest = xxhash.xxh3_128()
+    frozen = {key: p for key, p in model.named_parameters() if not p.requires_grad}
+    for key, parameter in frozen.items():
+        digest.update(key.encode())
+        digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest() if frozen else ""
+
+
+def _add(state: State, name: str, tensor: torch.Tensor, first: dict[int, str], key: int) -> None:
+    if key in first:
+        state.aliases[name] = first[key]
+    else:
+        first[key] = name
+        state.tensors[name] = tensor
+
+
+def _room(index: Index, entry: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor for a moment: like its parameter where it has its shape, else where torch's optimizers keep a scalar."""
+    spec = index.tensors[entry]
+    if tuple(spec.shape) == tuple(parameter.shape) and parameter.dim():
+        return torch.zeros_like(parameter.detach(), dtype=index.dtype(entry))
+    device = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    return _empty(index, entry).to(device)
+
+
+def _empty(index: Index, entry: str) -> torch.Tensor:
+    return torch.zeros(tuple(index.tensors[entry].shape), dtype=index.dtype(entry))
+
+
+def _set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:
+    current = group.get(key)
+    if isinstance(current, torch.Tensor):
+        current.fill_(value)
+    else:
+        group[key] = tuple(value) if isinstance(current, tuple) else value
+
+
+def _jsonable(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.item() if isinstance(value, torch.Tensor) else list(value) if isinstance(value, tuple) else value
+        for key, value in group.items()
+        if isinstance(value, int | float | str | list | tuple | torch.Tensor | None)
+    }
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON, its tensors moved to `tensors` under their paths."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach()
+        return {TENSOR: path}
+    if isinstance(value, Mapping):
+        return {str(key): _flatten(inner, f"{path}/{key}", tensors) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_flatten(inner, f"{path}/{k}", tensors) for k, inner in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise RecipeError(f"run.track: {path} is a {type(value).__name__}; a state_dict holds tensors, numbers and text")
+
+
+def _unflatten(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {key: _unflatten(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_unflatten(inner, tensors) for inner in value]
+    return value

@@ -1,0 +1,242 @@
+"""One optimizer step, as the recipe's loop body sees it: its micro-batches, its backward, its clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from launcher.data import Fetched
+from launcher.errors import RecipeError
+from launcher.optim import clip_gradients
+from launcher.order import Slot
+from launcher.parallel import Replica
+from launcher.seeds import seed_microbatch
+
+if TYPE_CHECKING:
+    from launcher.loop import Loop
+
+__all__ = ["Step"]
+
+
+class Step:
+    """Step `index` of a run: iterate it for its micro-batches, on the device, gradients reduced on the last one."""
+
+    def __init__(self, loop: Loop, index: int) -> None:
+        self.index = index
+        """Completed optimizer steps so far; the weights have seen this many updates."""
+        self.local_count = 0
+        """The count of the current micro-batch on this rank: 0 for a micro-batch that only pads."""
+        self.loss_sum: torch.Tensor | None = None
+        """This rank's sum of losses in the first pass; `loss_count` is its count, where it came with them."""
+        self.loss_count: float | None = None
+        self._loop = loop
+        self._current: Fetched | None = None
+        self._last = self._synced = False
+        self._passes = 0
+        self._split_count = 0.0
+        self._late: float | None = None  # counts that came with the losses of this pass, on this rank
+        self._late_total: float | None = None  # and on all ranks
+        self._kept: list[dict[str, Fetched]] = []
+        self._begin_pass()
+        if not loop.feeds:  # generated data: what each rank draws next is its own
+            seed_microbatch(loop.run.seed, index, loop.world.rank, loop.world.device)
+
+    @property
+    def count(self) -> float:
+        """What this step's losses are divided by: samples, or what the loader counts, over all ranks."""
+        return self._count_of(None)
+
+    def every(self, steps: int) -> bool:
+        """Whether this step's index is a multiple of `steps` (0: never); what it logs is then always written."""
+        due = steps > 0 and self.index % steps == 0
+        if due:
+            self._loop.metrics.mark(self.index)
+        return due
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Add to the metrics line of this step; rank 0's values count (`run.mean(x)` for the ranks' mean).
+
+        Before the first micro-batch that is the line of the weights as they are, after it the line of this update.
+        Lines are written every `--run.log-every` steps, and where `every` was true. Tensors are read a step late.
+        """
+        self._loop.metrics.add(self.index + bool(self._passes), values)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The micro-batches of this step on this rank; with several loaders a dict of them.
+
+        Raises:
+            RecipeError: there is no loader.
+        """
+        if not self._loop.feeds:
+            raise RecipeError("run.steps() was given no loader: use `for batch in step.split(batch, microbatch_size)`")
+        number = self._loop.microbatches(self.index)
+        entries = self._taken(number) if not self._passes else self._again()
+        for k, entry in enumerate(self._pass(entries)):
+            first = next(iter(entry.values()))
+            self._enter(first, last=k == number - 1)
+            self._seed(first.slot.index)
+            yield first.batch if self._loop.single else {name: fetched.batch for name, fetched in entry.items()}
+            self._leave()
+
+    def split(self, batch: Any, microbatch_size: int) -> Iterator[Any]:
+        """Micro-batches of data that this rank made itself: a tensor, or a tuple or dict of equally long ones.
+
+        Ranks may bring batches of different length; the loss is divided by the sum of them.
+
+        Shapes: `batch` [n, ...] gives pieces of [<= microbatch_size, ...].
+        """
+        length = len(
+            next(iter(batch.values())) if isinstance(batch, dict) else batch[0] if isinstance(batch, tuple) else batch
+        )
+        if not length:
+            raise RecipeError("step.split() got an empty batch: every rank needs at least one sample")
+        world = self._loop.world
+        lengths = world.gather(length)
+        self._split_count = float(sum(lengths))
+        number = -(-max(lengths) // microbatch_size)
+        for k in self._pass(iter(range(number))):
+            start = k * microbatch_size if k * microbatch_size < length else 0
+            stop = min(start + microbatch_size, length)
+            slot = Slot(
+                self.index, k * world.world_size + world.rank, start, stop, padding=k * microbatch_size >= length
+            )
+            piece = _slice(batch, start, stop)
+            self._enter(Fetched(slot, piece, None, 0 if slot.padding else stop - start), last=k == number - 1)
+            self._seed(slot.index)
+            yield piece
+            self._leave()
+
+    def backward(self, loss: torch.Tensor, count: float | torch.Tensor | None = None, *, of: str | None = None) -> None:
+        """Add the gradient of `loss` to the step's: `loss` is the SUM over this micro-batch, in fp32.
+
+        It is divided by the step's global count. With `count`, this micro-batch's own (an int; a tensor on a GPU makes
+        the host wait), gradients are divided once, by the sum of all counts, before they are clipped or applied. With
+        several loaders `of` names the one whose count divides.
+
+        Raises:
+            RecipeError: no scalar, half precision, or outside of the step's micro-batches.
+        """
+        current = self._check(loss)
+        scale = self._scale(current.slot.padding, count, of)
+        if self._passes == 1 and not current.slot.padding and of in (None, self._loop.first):
+            detached = loss.detach()
+            self.loss_sum = detached.clone() if self.loss_sum is None else self.loss_sum.add_(detached)
+        if self._last and not self._loop.agreement.pending:
+            self._loop.issue(self.index)
+        gradient = self._loop.constant(scale, loss)  # cheaper than a multiplication, which autograd would record too
+        scaler = self._loop.run.scaler
+        loss.backward(gradient if scaler is None else scaler.scale(gradient))
+        self._synced = self._synced or self._last
+
+    def clip(self, max_norm: float, model: nn.Module | None = None) -> torch.Tensor:
+        """Scale the gradients (of one model, or of all) to a 2-norm of at most `max_norm`; returns the norm before.
+
+        The norm is a 0-d tensor on the device: reading it makes the host wait, logging it does not.
+        """
+        chosen = None if model is None else {id(parameter) for parameter in model.parameters()}
+        parameters: list[nn.Parameter] = []
+        for optimizer in self._loop.run.optimizers:
+            mine = [p for p in optimizer.parameters() if chosen is None or id(p) in chosen]
+            if mine:
+                optimizer.finish_gradients()
+                parameters += mine
+        return clip_gradients(parameters, max_norm)
+
+    def factor(self) -> float | None:
+        """What the gradients must still be multiplied with before they are applied; None: skip the update."""
+        if not self._synced:
+            raise RecipeError(
+                f"step {self.index}: optimizer.step() or step.clip() before the last micro-batch's step.backward(), when "
+                "gradients are not whole: call it after the loop over the step's micro-batches"
+            )
+        if self._late is None:
+            return None if self.count == 0 else 1.0
+        if self._late_total is None:
+            [self._late_total] = self._loop.world.sum(self._late)
+        return self._prescale() / self._late_total if self._late_total else None
+
+    def _count_of(self, name: str | None) -> float:
+        return self._loop.counts[name or self._loop.first] if self._loop.feeds else self._split_count
+
+    def _prescale(self) -> float:
+        """A constant that keeps gradients near their final size until a late count is known."""
+        return float(self._loop.batch_size or 1)
+
+    def _scale(self, padding: bool, count: float | torch.Tensor | None, of: str | None) -> float:
+        """The weight of this micro-batch's loss; DDP and FSDP2 average over ranks, so the world size undoes that."""
+        if of is not None and of not in self._loop.feeds:
+            raise RecipeError(f"step.backward(of={of!r}): the loaders are {', '.join(map(repr, self._loop.feeds))}")
+        total = self._count_of(of)
+        if count is not None:
+            count = 0.0 if padding else float(count)
+            self._late = (self._late or 0.0) + count
+            if self._passes == 1:
+                self.loss_count = self._late
+            total = self._prescale()
+        return 0.0 if padding or total == 0 else self._loop.world.world_size / total
+
+    def _check(self, loss: torch.Tensor) -> Fetched:
+        if self._current is None:
+            raise RecipeError("step.backward() outside of the loop over the step's micro-batches")
+        if loss.dim():
+            raise RecipeError(f"step.backward() needs one number, not shape {tuple(loss.shape)}: use reduction='sum'")
+        if loss.dtype not in (torch.float32, torch.float64):
+            raise RecipeError(f"step.backward() got a sum in {loss.dtype}, which loses counts: sum the loss in fp32")
+        if not loss.requires_grad:
+            raise RecipeError("step.backward() got a loss without a gradient: detached, or no parameter trains")
+        return self._current
+
+    def _begin_pass(self) -> None:
+        self._synced, self._late, self._late_total = False, None, None
+        for optimizer in self._loop.run.optimizers:
+            optimizer.begin(self.factor)
+
+    def _pass(self, entries: Iterator[Any]) -> Iterator[Any]:
+        """Go through the micro-batches once; a step may be gone through again (a GAN's second player)."""
+        self._begin_pass()
+        for model in self._loop.run.models.values():
+            if isinstance(model, Replica):
+                model.synced = False
+        self._passes += 1
+        yield from entries
+
+    def _taken(self, number: int) -> Iterator[dict[str, Fetched]]:
+        for _ in range(number):
+            entry = {}
+            for name, feed in self._loop.feeds.items():
+                fetched = self._loop.metrics.waiting(feed.take)
+                if fetched is None:
+                    raise RecipeError(f"loader {name!r} ended inside step {self.index}: its length changed")
+                entry[name] = fetched
+            if self._loop.keep_batches:
+                self._kept.append(entry)
+            yield entry
+
+    def _again(self) -> Iterator[dict[str, Fetched]]:
+        """The same micro-batches once more: fetched anew the first time, kept at hand in every step after that."""
+        if not self._loop.keep_batches:
+            self._loop.keep_batches = True
+            self._kept = list(self._loop.refetch(self.index))
+        yield from self._kept
+
+    def _enter(self, fetched: Fetched, *, last: bool) -> None:
+        self._current, self.local_count, self._last = fetched, fetched.local_count, last
+        self._loop.sync_gradients(last)
+
+    def _leave(self) -> None:
+        self._current = None
+
+    def _seed(self, microbatch: int) -> None:
+        run = self._loop.run
+        seed_microbatch(run.seed, self.index, microbatch, run.device, iteration=self._passes - 1)
+
+
+def _slice(batch: Any, start: int, stop: int) -> Any:
+    if isinstance(batch, dict):
+        return {key: value[start:stop] for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(value[start:stop] for value in batch)
+    return batch[start:stop]

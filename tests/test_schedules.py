@@ -1,0 +1,30 @@
+"""Schedules as functions of the step."""
+
+import pytest
+import torch
+
+from launcher.optim import Optimizer
+from launcher.schedules import set_lr, warmup_cosine, warmup_linear
+
+
+def test_warmup_then_fall():
+    for schedule in (warmup_cosine, warmup_linear):
+        values = [schedule(step, 100, 10, floor=0.1) for step in range(101)]
+        assert values[0] == pytest.approx(1 / 11)
+        assert values[10] == 1.0
+        assert values[100] == pytest.approx(0.1)
+        assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
+        assert all(a > b for a, b in zip(values[10:100], values[11:], strict=True))
+    assert warmup_cosine(55, 100, 10) == pytest.approx(0.5)
+    assert warmup_linear(1000, 100, 10) == 0.0
+
+
+def test_set_lr_scales_groups_and_fills_tensors():
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    lr = torch.tensor(0.0)
+    inner = torch.optim.AdamW([{"params": [a], "lr": lr}, {"params": [b], "lr_scale": 0.5}], fused=True)
+    optimizer = Optimizer(inner, [], None)
+    set_lr(optimizer, 0.2)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.item() == pytest.approx(0.2)
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.1)
