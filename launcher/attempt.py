@@ -200,7 +200,9 @@ def _set_up_torch(options: RunConfig) -> None:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     asked = os.environ.get("OMP_NUM_THREADS") if "TORCHELASTIC_RUN_ID" not in os.environ else None
     shared_out = max(1, len(os.sched_getaffinity(0)) // local_world_size)
-    torch.set_num_threads(options.threads or (int(asked) if asked and asked.isdigit() else shared_out))
+    threads = options.threads or (int(asked) if asked and asked.isdigit() else shared_out)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is missing, Accelerate sets its own number
+    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     if torch.cuda.is_available():
         torch.backends.cudnn.allow_tf32 = options.tf32

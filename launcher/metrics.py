@@ -104,7 +104,6 @@ class Metrics:
         line = Line(step, loss, local_count, count, samples, self._waited, time.perf_counter() - self._paused)
         line.values = self._values.pop(step, {})
         self._waited = 0.0
-        self._window.add(line)
         if loss is not None and loss.device.type == "cuda":
             line.readback = _start_readback(loss, line.values)
         self._last = line
@@ -126,6 +125,7 @@ class Metrics:
             return
         if line is self._last:
             self._last = None
+        self._window.add(line)
         if not self._due(line.step):
             self._unwritten.update(line.values)
             return

@@ -89,7 +89,7 @@ def connect(run: RunConfig, environ: Mapping[str, str]) -> tuple[World, Accelera
         raise WorldError(
             f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; ask for fewer"
         )
-    accelerator = _accelerator(run, cuda)
+    accelerator = _accelerator(run, cuda, "LOCAL_RANK" in environ)
     if (accelerator.num_processes, accelerator.process_index) != (world_size, rank):
         raise WorldError(
             f"rank {rank} of {world_size} was asked for, Accelerate set up rank {accelerator.process_index} of "
@@ -122,18 +122,19 @@ def _ranks(environ: Mapping[str, str]) -> tuple[int, int, int, int]:
         ) from None
 
 
-def _accelerator(run: RunConfig, cuda: bool) -> Accelerator:
+def _accelerator(run: RunConfig, cuda: bool, distributed: bool) -> Accelerator:
     """Accelerate's set-up of processes, device and mixed precision, with what the launcher does itself turned off."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # sharding is ours: on a CPU Accelerate would drop it, and the ranks
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    group = [InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)] if distributed else []
     return Accelerator(
         cpu=not cuda,
         mixed_precision=run.precision,
         gradient_accumulation_steps=1,
         dynamo_backend="no",
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)],
+        kwargs_handlers=group,
     )
