@@ -1,7 +1,7 @@
 """From a module as the recipe wrote it to one that computes the same on every rank.
 
 The order matters and is the same on a CPU and on GPUs: built and initialised on the host under one seed, activation
-checkpointed, compiled by block, given autocast, then replicated (DDP) or sharded (FSDP2).
+checkpointed, compiled in place, given autocast, then replicated (DDP); or sharded (FSDP2) a block at a time.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def wrap(
         _shard(model, repeated, run, _mesh(run, world))
     # evaluation_mode: autocast and the device are Accelerate's, the wrapping is ours
     model = accelerator.prepare_model(model, device_placement=run.shard == "none", evaluation_mode=True)
+    if run.compile != "off" and run.compile_scope == "model":
+        model.compile(**_compile_options(run))  # inside DDP, whose own forward would break the graph, and recompile
     if run.shard == "none" and world.world_size > 1 and trains:
         model = _replicate(model, world, unused=unused)
-    if run.compile != "off" and run.compile_scope == "model":
-        model.compile(**_compile_options(run))
     return model
 
 
@@ -171,10 +171,10 @@ def _replicate(model: nn.Module, world: World, *, unused: bool) -> Replica:
     replica = Replica(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,  # rank 0's are the ones that count: broadcast before evaluation, and saved
         gradient_as_bucket_view=True,
         find_unused_parameters=unused,
     )
+    replica.broadcast_buffers = False  # rank 0's are the ones that count: saved, and broadcast before an evaluation
     replica.reducer.prepare_for_backward([])
     zeros = [(parameter * 0).sum() for parameter in model.parameters() if parameter.requires_grad]
     torch.stack(zeros).sum().backward()
