@@ -87,7 +87,7 @@ class Attempt:
         assert self.run is not None
         self.run.check_stop()
         self._train()
-        self.run.save()
+        self.run.returned()
         self._status("finished")
 
     def stop(self) -> None:

@@ -72,6 +72,13 @@ class Loop:
             index += 1
         self.close()
 
+    def broken_off(self) -> None:
+        """The recipe has left its loop by itself: a body that had stepped its optimizer was a whole step."""
+        if self.run.mid_step:
+            self._end(self.run.completed)
+            self.metrics.settle(self.agreement.result())
+            self.metrics.settle(self.agreement.reduce(self._ballot(self.run.completed, ahead=False)))
+
     def issue(self, index: int) -> None:
         """Tell the other ranks what they must know before the step that follows step `index`."""
         self.agreement.issue(self._ballot(index + 1, ahead=True))

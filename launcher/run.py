@@ -222,7 +222,7 @@ class Run:
             Stopped: (through the recipe) all ranks have agreed to stop.
         """
         if self._loop is not None:
-            raise RecipeError("run.steps was used before: a second stage is a run of its own, with --run.init-from")
+            raise RecipeError("run.steps was used before, and one run has one loop: make the second stage a run of its own, with --run.init-from")
         loaders = dict(data) if isinstance(data, Mapping) else {} if data is None else {data.name: data}
         plans = self._saver.plans(loaders, total, epochs)
         if epochs is not None:
@@ -301,6 +301,12 @@ class Run:
     def finish(self, reason: str) -> None:
         """End the steps at the next edge, on all ranks; the recipe goes on behind its loop."""
         self.finish_reason = reason
+
+    def returned(self) -> None:
+        """The recipe's `train` has returned: save what it has learnt."""
+        if self._loop is not None:
+            self._loop.broken_off()
+        self.save()
 
     def save_due(self, step: int) -> bool:
         """Whether a checkpoint is due at a step's edge."""

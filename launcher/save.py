@@ -86,7 +86,7 @@ class Saver:
         run = self._run
         index = _agreed(run.world, lambda: checkpoint.read_index(path))
         _agreed(run.world, lambda: self._check(index, path))
-        state = self._state(restoring=True)
+        state = self._state()
         names = parameter_names(run.models)
         for key, optimizer in zip(_optimizer_names(run), run.optimizers, strict=True):
             restore_optimizer(state, key, optimizer, names, index)
@@ -111,7 +111,7 @@ class Saver:
         run = self._run
         if loop is None or run.completed in (0, self._saved):
             return
-        state = self._state(restoring=False)
+        state = self._state()
         names = parameter_names(run.models)
         for key, optimizer in zip(_optimizer_names(run), run.optimizers, strict=True):
             add_optimizer(state, key, optimizer, names)
@@ -125,8 +125,8 @@ class Saver:
             "loaders": loop.positions(run.completed),
             "frozen": run.frozen,
             "batch_coupled": self._batch_coupled(),
-            "exceptions": self._exceptions(),
         }
+        state.exceptions = tuple(self._exceptions())
         if run.scaler is not None:
             state.values["scaler"] = run.scaler.state_dict()
         facts = {"seed": run.seed, "config": self._settings}
@@ -183,7 +183,7 @@ class Saver:
             else:
                 self._run.tracked[name][0].load_state_dict(value)
 
-    def _state(self, *, restoring: bool) -> checkpoint.State:
+    def _state(self) -> checkpoint.State:
         state = checkpoint.State()
         for name, model in self._run.models.items():
             add_module(state, name, model)

@@ -149,7 +149,7 @@ class Step:
         """What the gradients must still be multiplied with before they are applied; None: skip the update."""
         if not self._synced:
             raise RecipeError(
-                f"step {self.index}: optimizer.step() or step.clip() before the last micro-batch's step.backward(), when "
+                f"step {self.index}: optimizer.step() or step.clip() before the last micro-batch's backward, when the "
                 "gradients are not whole: call it after the loop over the step's micro-batches"
             )
         if self._late is None:
