@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from launcher.parallel import plain_name
+from launcher.sharded import local
 
 if TYPE_CHECKING:
     from launcher.run import Run
@@ -65,8 +65,5 @@ class EMA:
 
     def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What this rank holds of the averages and of the weights."""
-        return [_local(t) for t in self._average.values()], [_local(self._parameters[key]) for key in self._average]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        weights = [local(self._parameters[key].detach()) for key in self._average]
+        return [local(average) for average in self._average.values()], weights

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from launcher.errors import RecipeError
 from launcher.parallel import Replica
+from launcher.sharded import is_sharded, local, whole
 
 __all__ = ["Optimizer", "clip_gradients"]
 
@@ -78,7 +78,7 @@ class Optimizer:
                 self._agree_on_overflow(self.scaler)
             if factor != 1.0:
                 gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-                torch._foreach_mul_(_local(gradients), factor)
+                torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
             self._finished = True
         return True
 
@@ -95,24 +95,19 @@ class Optimizer:
 
     def _agree_on_overflow(self, scaler: torch.amp.GradScaler) -> None:
         """A shard sees only its own overflow; all ranks must skip, or none."""
-        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+        if any(is_sharded(parameter) for parameter in self.parameters()):
             for found in scaler._per_optimizer_states[id(self.inner)]["found_inf_per_device"].values():
-                dist.all_reduce(_local([found])[0], op=dist.ReduceOp.MAX)
+                dist.all_reduce(local(found), op=dist.ReduceOp.MAX)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale gradients so that their total 2-norm is at most `max_norm`; returns the norm before, a 0-d tensor."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     """A parameter group without its parameters."""
     return {key: value for key, value in group.items() if key != "params"}
-
-
-def _local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _outside() -> float | None:

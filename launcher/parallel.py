@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +23,7 @@ from launcher.world import World
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Blocks", "Replica", "all_gather", "broadcast_buffers", "plain_name", "set_gradient_sync", "wrap"]
 
@@ -106,7 +105,7 @@ def set_gradient_sync(models: Iterable[nn.Module], sync: bool) -> None:
     for model in models:
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = sync
-        elif isinstance(model, FSDPModule):
+        elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
             model.set_requires_gradient_sync(sync)
 
 
@@ -183,6 +182,8 @@ def _replicate(model: nn.Module, world: World, *, unused: bool) -> Replica:
 
 
 def _mesh(run: RunConfig, world: World) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
     if run.shard == "hybrid":
         nodes, rest = divmod(world.world_size, world.local_world_size)
         if rest:
@@ -194,6 +195,8 @@ def _mesh(run: RunConfig, world: World) -> DeviceMesh:
 
 def _shard(model: nn.Module, blocks: list[nn.Module], run: RunConfig, mesh: DeviceMesh) -> None:
     """FSDP2, a block at a time, gradients reduced in fp32 whatever the precision of the forward pass."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision or "no")
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     for module in [*blocks, model]:

@@ -66,7 +66,7 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
-        return total.tolist()  # type: ignore[no-any-return]
+        return total.tolist()
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -97,7 +97,7 @@ def connect(run: RunConfig, environ: Mapping[str, str]) -> tuple[World, Accelera
         )
     if world_size == 1 and run.shard != "none" and not dist.is_initialized():  # FSDP2 wants a mesh, if only of one
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.distributed_c10d.HashStore(), rank=0, world_size=1
         )
     group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
     return World(rank, world_size, local_rank, local_world_size, accelerator.device, group), accelerator
