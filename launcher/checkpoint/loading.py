@@ -1,0 +1,247 @@
+"""Reading a checkpoint into live tensors, from any world size and placement to any other, bit for bit.
+
+Each rank derives from the index which bytes of which files it needs, reads their blocks, verifies each, and puts the
+bytes together in a buffer of its own. Only when every rank has all of its bytes are the live tensors changed, by a
+copy that cannot fail: so all ranks load, or none has changed anything.
+
+The buffer costs as much host memory as a rank's tensors. The alternative, to verify in a first pass and to read into
+the live tensors in a second, would read everything twice, and the second read could still fail half way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from launcher.checkpoint.agree import agreed
+from launcher.checkpoint.files import FileReader
+from launcher.checkpoint.index import Index, read_index
+from launcher.checkpoint.layout import Box, TensorSpec, Write, local_shape, parts
+from launcher.checkpoint.state import State, bits, describe_all, host_buffer, local_bits
+from launcher.errors import CheckpointError
+from launcher.world import World
+
+__all__ = ["load"]
+
+_ALIGNMENT = 64  # bytes
+
+
+def load(path: Path, world: World, state: State, *, only: str = "") -> Index:
+    """Fill the tensors of `state` in place from the checkpoint in directory `path`. Called by all ranks together.
+
+    Names, shapes and dtypes must be the checkpoint's, and all of them: nothing is cast, skipped or left as it was.
+    With `only` (a prefix: "model/") that holds for the names that begin with it, and no other tensor is touched.
+    What the values mean is the caller's business: they are in the index that is returned.
+
+    Raises:
+        CheckpointError: on every rank, the same; no tensor has been changed.
+    """
+    staged: list[tuple[Index, _Stage]] = []
+
+    def work() -> None:
+        index = read_index(path)
+        specs, tied = describe_all(state, world)
+        wanted = _match(path.name, index, specs, tied, only)
+        _check_room(state, wanted)
+        stage = _Stage(path, index, {name: specs[name] for name in wanted}, world.rank)
+        _check_files(path, index, world)
+        stage.fill(wanted)
+        staged.append((index, stage))
+
+    agreed(world, work)
+    index, stage = staged[0]
+    for name, staged_bits in stage.tensors():
+        local_bits(state.tensors[name]).copy_(staged_bits)
+    return index
+
+
+def _match(
+    where: str, index: Index, specs: Mapping[str, TensorSpec], tied: Mapping[str, str], only: str
+) -> dict[str, str]:
+    """For each live tensor the name in the checkpoint that holds its data."""
+    there = {name for name in (*index.tensors, *index.aliases) if name.startswith(only)}
+    here = {name for name in (*specs, *tied) if name.startswith(only)}
+    if only and not here:
+        raise CheckpointError(f"nothing here begins with {only}, so {where} would change nothing")
+    if missing := here - there:
+        raise CheckpointError(f"{where} has no {_first(missing)}, which is here: another model's checkpoint")
+    if left := there - here:
+        raise CheckpointError(f"{where} has {_first(left)}, which is not here: another model's checkpoint")
+    for name, holder in tied.items():
+        if name in here and index.holder(name) != index.holder(holder):
+            raise CheckpointError(f"{where}: {name} is tied to {holder} here and has data of its own there")
+    for name in sorted(here):
+        live, saved = specs[tied.get(name, name)], index.tensors[index.holder(name)]
+        if live.shape != saved.shape:
+            raise CheckpointError(
+                f"{where}: {name} is {_said(saved.shape)} there and {_said(live.shape)} here: "
+                "another model's checkpoint"
+            )
+        if live.dtype != saved.dtype:
+            raise CheckpointError(f"{where}: {name} is {saved.dtype} there and {live.dtype} here; nothing is cast")
+    return {name: index.holder(name) for name in specs if name in here}
+
+
+def _first(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} (and {len(others)} more)" if others else first
+
+
+def _said(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _check_room(state: State, names: Iterable[str]) -> None:
+    """A tensor whose elements share their memory can be saved, but not filled."""
+    for name in names:
+        local = local_bits(state.tensors[name])
+        if any(size > 1 and not stride for size, stride in zip(local.shape, local.stride(), strict=True)):
+            raise CheckpointError(f"{name} is expanded, so it cannot be loaded into: clone it")
+
+
+def _check_files(path: Path, index: Index, world: World) -> None:
+    """Every file is there and has its size; the ranks share the looking."""
+    for entry in index.files[world.rank :: world.world_size]:
+        with FileReader(path, entry):
+            pass
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A box that a file holds and a staged tensor needs."""
+
+    file: int
+    start: int
+    """Byte of the file at which its first element is."""
+    stop: int
+    """Byte after its last element; what lies between may belong to other boxes."""
+    sizes: tuple[int, ...]
+    itemsize: int
+    source_strides: tuple[int, ...]
+    target: int
+    """Byte of the stage at which its first element goes."""
+    target_strides: tuple[int, ...]
+
+    @property
+    def straight(self) -> bool:
+        """Whether it is one range of bytes both there and here."""
+        dense = _strides(self.sizes, self.itemsize)
+        return all(
+            size == 1 or there == here == want
+            for size, there, here, want in zip(self.sizes, self.source_strides, self.target_strides, dense, strict=True)
+        )
+
+
+class _Stage:
+    """A rank's local tensors in one buffer, and what of the checkpoint goes where in it."""
+
+    def __init__(self, path: Path, index: Index, specs: Mapping[str, TensorSpec], rank: int) -> None:
+        self._path, self._index, self._specs, self._rank = path, index, specs, rank
+        self._shapes = {name: local_shape(spec, rank) for name, spec in specs.items()}
+        self._offsets: dict[str, int] = {}
+        size = 0
+        for name, spec in specs.items():
+            self._offsets[name] = size
+            size += -(-self._nbytes(name, spec) // _ALIGNMENT) * _ALIGNMENT
+        self._flat = host_buffer(size)
+        self._buffer: npt.NDArray[np.uint8] = self._flat.numpy()
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The staged local tensors, as integers of their element size."""
+        for name, spec in self._specs.items():
+            start = self._offsets[name]
+            room = self._flat[start : start + self._nbytes(name, spec)]
+            yield name, bits(room, spec.itemsize).view(self._shapes[name])
+
+    def fill(self, wanted: Mapping[str, str]) -> None:
+        """Read everything; each block of a file once.
+
+        Raises:
+            CheckpointError: a file is damaged, or shorter than its part.
+        """
+        pieces = sorted(self._pieces(wanted), key=lambda piece: (piece.file, piece.start))
+        for file, group in groupby(pieces, key=lambda piece: piece.file):
+            with FileReader(self._path, self._index.files[file]) as reader:
+                for joined in _joined(group):
+                    self._read(reader, joined)
+
+    def _read(self, reader: FileReader, pieces: list[_Piece]) -> None:
+        """Read pieces whose ranges overlap; a single one goes straight to its place if it is all of its range."""
+        start, stop = pieces[0].start, max(piece.stop for piece in pieces)
+        if len(pieces) == 1 and pieces[0].straight:
+            target = pieces[0].target
+            reader.read(start, self._buffer.data[target : target + stop - start])
+            return
+        scratch = np.empty(stop - start, dtype=np.uint8)
+        reader.read(start, scratch.data)
+        for piece in pieces:
+            source = _view(scratch, piece, piece.start - start, piece.source_strides)
+            _view(self._buffer, piece, piece.target, piece.target_strides)[...] = source
+
+    def _pieces(self, wanted: Mapping[str, str]) -> Iterator[_Piece]:
+        for name, holder in wanted.items():
+            for box, at in parts(self._specs[name], self._rank):
+                for rank, write in self._index.plan.sources(holder, box):
+                    yield self._piece(name, box, at, rank, write)
+
+    def _piece(self, name: str, box: Box, at: tuple[int, ...], rank: int, write: Write) -> _Piece:
+        file, offset = self._index.parts[rank]
+        entry = self._index.files[file]
+        if offset + write.offset + write.nbytes > entry.size:
+            raise CheckpointError(
+                f"{self._path.name}/{entry.name} is too short for {name}: the index contradicts itself"
+            )
+        itemsize = self._specs[name].itemsize
+        both = box.overlap(write.box) or box
+        there, here = _strides(write.box.sizes, itemsize), _strides(self._shapes[name], itemsize)
+        start = offset + write.offset + _dot(_minus(both.offsets, write.box.offsets), there)
+        stop = start + _dot([size - 1 for size in both.sizes], there) + itemsize
+        place = (first + inner for first, inner in zip(at, _minus(both.offsets, box.offsets), strict=True))
+        target = self._offsets[name] + _dot(place, here)
+        return _Piece(file, start, stop, both.sizes, itemsize, there, target, here)
+
+    def _nbytes(self, name: str, spec: TensorSpec) -> int:
+        return math.prod(self._shapes[name]) * spec.itemsize
+
+
+def _joined(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces in ascending order, those whose ranges overlap together: as columns of the same rows do."""
+    joined: list[_Piece] = []
+    end = 0
+    for piece in pieces:
+        if joined and piece.start >= end:
+            yield joined
+            joined = []
+        joined.append(piece)
+        end = max(end, piece.stop)
+    if joined:
+        yield joined
+
+
+def _view(buffer: npt.NDArray[np.uint8], piece: _Piece, offset: int, strides: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The piece's elements in a buffer, as integers of their size."""
+    return np.ndarray(piece.sizes, dtype=f"u{piece.itemsize}", buffer=buffer.data, offset=offset, strides=strides)
+
+
+def _strides(sizes: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Bytes from one index to the next, per dimension, of a dense array."""
+    strides = [itemsize]
+    for size in reversed(sizes[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(strides[::-1][: len(sizes)])
+
+
+def _dot(places: Iterable[int], strides: Iterable[int]) -> int:
+    return sum(place * stride for place, stride in zip(places, strides, strict=True))
+
+
+def _minus(a: Iterable[int], b: Iterable[int]) -> list[int]:
+    return [x - y for x, y in zip(a, b, strict=True)]

@@ -1,0 +1,158 @@
+"""What is saved: tensors by name, and values that are JSON. Described once for all ranks, taken from torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from launcher.checkpoint.index import Json
+from launcher.checkpoint.layout import TensorSpec, local_shape
+from launcher.errors import CheckpointError
+from launcher.world import World
+
+__all__ = ["DTYPES", "State", "bits", "describe", "describe_all", "host_buffer", "local_bits"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+"""torch's dtypes by safetensors' names."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that move any bits unchanged
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass
+class State:
+    """A run's state: what `save` writes, and whose tensors `load` fills in place."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Plain tensors (whole on every rank) or DTensors, by name: `model/blocks.0.weight`."""
+    rank0: frozenset[str] = frozenset()
+    """Names of which rank 0's copy counts: buffers, which differ between DDP's ranks."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Tied name -> the name in `tensors` that holds the data. Ties of whole tensors are also found by themselves."""
+    values: dict[str, Json] = field(default_factory=dict)
+    """The same on every rank (step, parameter groups, ...): rank 0's are written."""
+    rank_values: dict[str, Json] = field(default_factory=dict)
+    """A rank's own (a stream's cursor): every rank's are written."""
+    exceptions: tuple[str, ...] = ()
+    """Names of what in here is no pure function of (config, step)."""
+
+
+def describe(tensor: torch.Tensor, *, rank0: bool = False) -> TensorSpec:
+    """A tensor as all ranks together hold it; the same on every rank.
+
+    Raises:
+        ValueError: it cannot be saved exactly; the text goes on from its name ("is sparse").
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if type(local) not in _PLAIN:
+        raise ValueError(f"is a {type(local).__name__}: a checkpoint holds plain tensors and DTensors of them")
+    if local.layout != torch.strided or local.is_quantized or local.device.type == "meta":
+        kind = "on the meta device" if local.device.type == "meta" else f"{local.layout}, {local.dtype}"
+        raise ValueError(f"is {kind}: a checkpoint holds dense tensors that have data")
+    if tensor.dtype not in _NAMES:
+        raise ValueError(f"is {tensor.dtype}, which a checkpoint cannot hold")
+    dtype = _NAMES[tensor.dtype]
+    if not isinstance(tensor, DTensor):
+        return TensorSpec(tuple(tensor.shape), dtype, rank0=rank0)
+    mesh = tensor.device_mesh.mesh
+    if mesh.flatten().tolist() != list(range(mesh.numel())):
+        raise ValueError(f"is on a mesh of ranks {mesh.tolist()}: a checkpoint knows meshes of all ranks in order")
+    placements = tuple(_placement(placement, tensor.dim()) for placement in tensor.placements)
+    return TensorSpec(tuple(tensor.shape), dtype, tuple(mesh.shape), placements, rank0)
+
+
+def describe_all(state: State, world: World) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """The specs of what is to be written or filled, by name, and the names that are tied to others of them.
+
+    Raises:
+        CheckpointError: a tensor cannot be saved exactly; it is named.
+    """
+    specs: dict[str, TensorSpec] = {}
+    tied = dict(state.aliases)
+    first: dict[object, str] = {}
+    for name in sorted(state.tensors.keys() - tied.keys()):
+        tensor = state.tensors[name]
+        try:
+            spec = describe(tensor, rank0=name in state.rank0)
+            _check_place(tensor, spec, world)
+        except ValueError as error:
+            raise CheckpointError(f"{name} {error}") from None
+        holder = first.setdefault(_identity(tensor, spec), name)
+        if holder == name:
+            specs[name] = spec
+        else:
+            tied[name] = holder
+    for name, holder in tied.items():
+        tied[name] = tied.get(holder, holder)
+        if tied[name] not in specs:
+            raise CheckpointError(f"{name} is tied to {holder}, which the state does not hold")
+    return specs, tied
+
+
+def local_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The local tensor, viewed as integers of its element size: copies of these keep every bit, NaNs' too."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach().view(_BITS[local.element_size()])
+
+
+def host_buffer(size: int) -> torch.Tensor:
+    """Bytes in host memory, shape (size,), not initialised; numpy's, so that too many are a MemoryError."""
+    return torch.from_numpy(np.empty(max(size, 1), dtype=np.uint8))[:size]
+
+
+def bits(flat: torch.Tensor, itemsize: int) -> torch.Tensor:
+    """Bytes, viewed as integers of `itemsize` bytes."""
+    return flat.view(_BITS[itemsize])
+
+
+def _check_place(tensor: torch.Tensor, spec: TensorSpec, world: World) -> None:
+    """A DTensor made by hand may claim a layout that it does not have."""
+    if spec.mesh is None:
+        return
+    if math.prod(spec.mesh) != world.world_size:
+        raise ValueError(f"is on {math.prod(spec.mesh)} of {world.world_size} ranks: a checkpoint knows meshes of all")
+    shape = tuple(tensor.to_local().shape) if isinstance(tensor, DTensor) else ()
+    if shape != (wanted := local_shape(spec, world.rank)):
+        raise ValueError(f"holds {list(shape)} on rank {world.rank}, where its placements give {list(wanted)}")
+
+
+def _placement(placement: Placement, dimensions: int) -> str:
+    if isinstance(placement, Replicate):
+        return "R"
+    if isinstance(placement, _StridedShard):
+        return f"_S({placement.dim % dimensions},{placement.split_factor})"
+    if isinstance(placement, Shard):
+        return f"S({placement.dim % dimensions})"
+    raise ValueError(f"is placed {placement}: reduce it first")
+
+
+def _identity(tensor: torch.Tensor, spec: TensorSpec) -> object:
+    """Equal for tensors that are one: the same view of one storage."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    storage = local.untyped_storage().data_ptr()
+    return (storage, local.storage_offset(), local.stride(), spec) if storage else id(tensor)

@@ -1,0 +1,25 @@
+"""Real ranks on gloo: 2 -> 1 -> 4 -> 1 processes, plain (DDP) <-> FSDP2 <-> HSDP, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import scenarios
+from ranks import run_ranks
+
+from launcher.checkpoint import Store, read_index, save, verify
+from launcher.world import World
+
+
+def test_any_world_size_and_sharding_into_any_other(tmp_path: Path) -> None:
+    run_ranks(2, "save_two_ways", tmp_path, tmp_path)
+    for source in ("plain", "fsdp"):
+        state = scenarios.check(World(), Store(tmp_path / source).path(3), scenarios.plain(), 2)
+    save(Store(tmp_path / "one"), World(), 3, state, attempt=1)
+    run_ranks(4, "reshard", tmp_path, tmp_path)
+    for source in ("four-plain", "four-fsdp", "four-hsdp"):
+        path = Store(tmp_path / source).path(3)
+        scenarios.check(World(), path, scenarios.plain(), 4)
+        verify(path)
+    spec = read_index(path).tensors["model/large.weight"]
+    assert (spec.mesh, spec.placements) == ((2, 2), ("R", "S(0)"))
