@@ -223,7 +223,8 @@ class Run:
         """
         if self._loop is not None:
             raise RecipeError(
-                "run.steps was used before, and one run has one loop: make the second stage a run of its own, with --run.init-from"
+                "run.steps was used before, and one run has one loop: make the second stage a run of its own, with "
+                "--run.init-from"
             )
         loaders = dict(data) if isinstance(data, Mapping) else {} if data is None else {data.name: data}
         plans = self._saver.plans(loaders, total, epochs)

@@ -189,7 +189,9 @@ def test_average_is_exact(run_recipe):
 
     def train(run: launcher.Run) -> None:
         loader = run.loader(data(21), batch_size=8, shuffle=False)
-        result.update(run.average(lambda batch: {"x": (batch[0].sum(), batch[0].numel()), "n": (len(batch[0]), 1)}, loader))
+        result.update(
+            run.average(lambda batch: {"x": (batch[0].sum(), batch[0].numel()), "n": (len(batch[0]), 1)}, loader)
+        )
 
     run_recipe(train)
     assert result["x"] == pytest.approx(data(21)[0].double().mean().item(), rel=1e-6)

@@ -1,5 +1,7 @@
 """Schedules as functions of the step."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -13,8 +15,8 @@ def test_warmup_then_fall():
         assert values[0] == pytest.approx(1 / 11)
         assert values[10] == 1.0
         assert values[100] == pytest.approx(0.1)
-        assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
-        assert all(a > b for a, b in zip(values[10:100], values[11:], strict=True))
+        assert all(a < b for a, b in pairwise(values[:11]))
+        assert all(a > b for a, b in pairwise(values[10:]))
     assert warmup_cosine(55, 100, 10) == pytest.approx(0.5)
     assert warmup_linear(1000, 100, 10) == 0.0
 

@@ -99,7 +99,9 @@ def train(run: launcher.Run, cfg: Config) -> None:
     held_out = run.loader(Samples(cfg), batch_size=8, shuffle=False)
     model = run.build(lambda: Model(cfg))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    inner = torch.optim.AdamW(trainable, lr=cfg.lr) if cfg.optimizer == "adamw" else torch.optim.SGD(trainable, lr=cfg.lr)
+    inner = (
+        torch.optim.AdamW(trainable, lr=cfg.lr) if cfg.optimizer == "adamw" else torch.optim.SGD(trainable, lr=cfg.lr)
+    )
     optimizer = run.optimizer(inner)
     ema = launcher.EMA(run, model, decay=0.9) if cfg.ema else None
     strike("setup", cfg.signal_at)

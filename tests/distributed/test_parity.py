@@ -53,7 +53,9 @@ def reference():
         (4, 8, "--tokens", "full"),
     ],
 )
-def test_gradients_do_not_depend_on_how_the_batch_is_cut(start, tmp_path, reference, world_size, micro, counting, shard):
+def test_gradients_do_not_depend_on_how_the_batch_is_cut(
+    start, tmp_path, reference, world_size, micro, counting, shard
+):
     flags = ["--microbatch-size", micro, counting, "--run.shard", shard, "--run.dir", tmp_path / "run"]
     start(world_size, RECIPE, *FLAGS, *flags).ok()
     weights = {name: tensor for name, tensor in tensors(tmp_path / "run").items() if name.startswith("model/")}
