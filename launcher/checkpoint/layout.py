@@ -181,13 +181,14 @@ class Plan:
         """The size of the rank's part."""
         return sum(write.nbytes for write in self[rank])
 
-    def sources(self, name: str, box: Box) -> Iterator[tuple[int, Write]]:
-        """Who wrote what of `box` of a tensor: the rank, and its writes that overlap the box."""
+    def sources(self, name: str, box: Box) -> Iterator[tuple[int, Write, Box]]:
+        """Who wrote what of `box` of a tensor: the rank, its write, and what of the box that has."""
         spec, writers = self.specs[name], set(self._writers[name])
-        ranks = sorted(writers) if spec.mesh is None else _holders(spec, box)
-        for rank in ranks:
+        for rank in sorted(writers) if spec.mesh is None else _holders(spec, box):
             if _replica(spec, rank) in writers:
-                yield from ((rank, write) for write in self._named(rank).get(name, ()) if write.box.overlap(box))
+                for write in self._named(rank).get(name, ()):
+                    if overlap := write.box.overlap(box):
+                        yield rank, write, overlap
 
     def _named(self, rank: int) -> dict[str, list[Write]]:
         if rank not in self._by_name:

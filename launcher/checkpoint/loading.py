@@ -189,24 +189,23 @@ class _Stage:
     def _pieces(self, wanted: Mapping[str, str]) -> Iterator[_Piece]:
         for name, holder in wanted.items():
             for box, at in parts(self._specs[name], self._rank):
-                for rank, write in self._index.plan.sources(holder, box):
-                    yield self._piece(name, box, at, rank, write)
+                for rank, write, overlap in self._index.plan.sources(holder, box):
+                    place = [
+                        first + inner for first, inner in zip(at, _minus(overlap.offsets, box.offsets), strict=True)
+                    ]
+                    yield self._piece(name, rank, write, overlap, place)
 
-    def _piece(self, name: str, box: Box, at: tuple[int, ...], rank: int, write: Write) -> _Piece:
+    def _piece(self, name: str, rank: int, write: Write, box: Box, place: Sequence[int]) -> _Piece:
+        """What `rank` wrote of a box that this rank holds at `place` of its local tensor."""
         file, offset = self._index.parts[rank]
         entry = self._index.files[file]
         if offset + write.offset + write.nbytes > entry.size:
-            raise CheckpointError(
-                f"{self._path.name}/{entry.name} is too short for {name}: the index contradicts itself"
-            )
+            raise CheckpointError(f"{self._path.name}/{entry.name} is too short for {name}, or its index is wrong")
         itemsize = self._specs[name].itemsize
-        both = box.overlap(write.box) or box
         there, here = _strides(write.box.sizes, itemsize), _strides(self._shapes[name], itemsize)
-        start = offset + write.offset + _dot(_minus(both.offsets, write.box.offsets), there)
-        stop = start + _dot([size - 1 for size in both.sizes], there) + itemsize
-        place = (first + inner for first, inner in zip(at, _minus(both.offsets, box.offsets), strict=True))
-        target = self._offsets[name] + _dot(place, here)
-        return _Piece(file, start, stop, both.sizes, itemsize, there, target, here)
+        start = offset + write.offset + _dot(_minus(box.offsets, write.box.offsets), there)
+        stop = start + _dot([size - 1 for size in box.sizes], there) + itemsize
+        return _Piece(file, start, stop, box.sizes, itemsize, there, self._offsets[name] + _dot(place, here), here)
 
     def _nbytes(self, name: str, spec: TensorSpec) -> int:
         return math.prod(self._shapes[name]) * spec.itemsize

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +34,14 @@ __all__ = ["Snapshot", "Written", "publish", "save", "snapshot", "write"]
 class Snapshot:
     """A state as it was: this rank's part of the tensors in host memory, everything else in full."""
 
+    step: int
+    attempt: int
     plan: Plan
     aliases: Mapping[str, str]
     values: Mapping[str, Json]
-    rank_values: list[Mapping[str, Json]]
+    rank_values: Sequence[Mapping[str, Json]]
     exceptions: tuple[str, ...]
+    facts: Mapping[str, Json]
     data: torch.Tensor
     """Bytes, shape (size of the part,): the part as it stands in the file."""
 
@@ -59,43 +63,43 @@ def save(
     Raises:
         CheckpointError: on every rank, the same; older checkpoints are untouched, and nothing half is left behind.
     """
-    taken = snapshot(world, state)
-    written = write(store, world, step, taken, attempt)
-    return publish(store, world, step, taken, written, attempt, facts or {})
+    taken = snapshot(world, step, state, attempt=attempt, facts=facts or {})
+    return publish(store, world, taken, write(store, world, taken))
 
 
-def snapshot(world: World, state: State) -> Snapshot:
+def snapshot(world: World, step: int, state: State, *, attempt: int, facts: Mapping[str, Json]) -> Snapshot:
     """Copy what this rank will write into one buffer, in the layout of the file.
 
     Raises:
         CheckpointError: something cannot be saved exactly, or the ranks hold different states.
     """
-    copied: list[tuple[Plan, dict[str, str], torch.Tensor]] = []
+    copied: list[tuple[Plan, dict[str, str], dict[str, Json], torch.Tensor]] = []
 
     def work() -> tuple[str, dict[str, Json]]:
-        for name, value in (*state.values.items(), *state.rank_values.items()):
+        for name, value in (*state.values.items(), *state.rank_values.items(), ("facts", facts)):
             check_json(value, name)
         specs, aliases = describe_all(state, world)
         plan = Plan(specs, world.world_size)
-        copied.append((plan, aliases, _copy(plan, state, world.rank)))
-        description = json.dumps(_description(specs, aliases))
-        return xxhash.xxh3_128_hexdigest(description.encode()), state.rank_values
+        description = _description(step, attempt, specs, aliases)
+        copied.append((plan, aliases, description, _copy(plan, state, world.rank)))
+        return xxhash.xxh3_128_hexdigest(json.dumps(description).encode()), deepcopy(state.rank_values)
 
     outcomes = agreed(world, work)
-    plan, aliases, data = copied[0]
+    plan, aliases, description, data = copied[0]
     if any(digest != outcomes[0][0] for digest, _ in outcomes):
-        raise CheckpointError(_difference(world.gather(_description(plan.specs, aliases))))
+        raise CheckpointError(_difference(world.gather(description)))
     rank_values = [values for _, values in outcomes]
-    return Snapshot(plan, aliases, dict(state.values), list(rank_values), state.exceptions, data)
+    values = deepcopy(state.values)
+    return Snapshot(step, attempt, plan, aliases, values, rank_values, state.exceptions, dict(facts), data)
 
 
-def write(store: Store, world: World, step: int, taken: Snapshot, attempt: int) -> list[Written]:
+def write(store: Store, world: World, taken: Snapshot) -> list[Written]:
     """Write and fsync the file of every rank, in a directory that is no checkpoint yet; what came of it, by rank.
 
     Raises:
         CheckpointError: a rank could not; the directory is gone again.
     """
-    partial = store.partial(step, attempt)
+    partial = store.partial(taken.step, taken.attempt)
     name = f"rank-{world.rank:05d}-of-{world.world_size:05d}.safetensors"
 
     def work() -> Written:
@@ -103,31 +107,22 @@ def write(store: Store, world: World, step: int, taken: Snapshot, attempt: int) 
         return Written(write_file(partial / name, head, taken.data.numpy().data), len(head))
 
     with _abandoning(partial, world):
-        agreed(world, lambda: store.begin(step, attempt) if world.is_main else None)
+        agreed(world, lambda: store.begin(taken.step, taken.attempt) if world.is_main else None)
         return agreed(world, work)
 
 
-def publish(
-    store: Store,
-    world: World,
-    step: int,
-    taken: Snapshot,
-    written: list[Written],
-    attempt: int,
-    facts: Mapping[str, Json],
-) -> Path:
+def publish(store: Store, world: World, taken: Snapshot, written: list[Written]) -> Path:
     """Complete the directory with its index, give it its final name, and remove what is then too old.
 
     Raises:
         CheckpointError: it could not be; the directory is gone again.
     """
-    partial = store.partial(step, attempt)
+    partial = store.partial(taken.step, taken.attempt)
 
     def work() -> None:
-        check_json(facts, "facts")
         index = Index(
-            step=step,
-            attempt=attempt,
+            step=taken.step,
+            attempt=taken.attempt,
             world_size=world.world_size,
             tensors=taken.plan.specs,
             aliases=taken.aliases,
@@ -136,15 +131,15 @@ def publish(
             values=taken.values,
             rank_values=taken.rank_values,
             exceptions=taken.exceptions,
-            facts=facts,
+            facts=taken.facts,
         )
         write_file(partial / INDEX, b"", memoryview(encode(index)))
-        store.publish(partial, attempt)
-        store.prune(attempt, spare=step)
+        store.publish(partial, taken.attempt)
+        store.prune(taken.attempt, spare=taken.step)
 
     with _abandoning(partial, world):
         agreed(world, lambda: work() if world.is_main else None)
-    return store.path(step)
+    return store.path(taken.step)
 
 
 @contextmanager
@@ -178,11 +173,13 @@ def _place(spec: TensorSpec, rank: int, box: Box) -> tuple[slice, ...]:
     raise AssertionError(f"rank {rank} is to write {box}, which it does not hold")
 
 
-def _description(specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> dict[str, Json]:
+def _description(
+    step: int, attempt: int, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]
+) -> dict[str, Json]:
     """What all ranks must have alike."""
-    return {name: asdict(spec) for name, spec in sorted(specs.items())} | {
-        name: f"tied to {holder}" for name, holder in sorted(aliases.items())
-    }
+    tensors = {name: asdict(spec) for name, spec in sorted(specs.items())}
+    tied = {name: f"tied to {holder}" for name, holder in sorted(aliases.items())}
+    return {"(step)": step, "(attempt)": attempt, **tensors, **tied}
 
 
 def _difference(descriptions: list[dict[str, Json]]) -> str:

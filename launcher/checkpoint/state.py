@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from launcher.checkpoint.index import Json
 from launcher.checkpoint.layout import TensorSpec, local_shape
 from launcher.errors import CheckpointError
+from launcher.sharded import is_sharded, local
 from launcher.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 __all__ = ["DTYPES", "State", "bits", "describe", "describe_all", "host_buffer", "local_bits"]
 
@@ -68,22 +71,16 @@ def describe(tensor: torch.Tensor, *, rank0: bool = False) -> TensorSpec:
     Raises:
         ValueError: it cannot be saved exactly; the text goes on from its name ("is sparse").
     """
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if type(local) not in _PLAIN:
-        raise ValueError(f"is a {type(local).__name__}: a checkpoint holds plain tensors and DTensors of them")
-    if local.layout != torch.strided or local.is_quantized or local.device.type == "meta":
-        kind = "on the meta device" if local.device.type == "meta" else f"{local.layout}, {local.dtype}"
+    held = local(tensor)
+    if type(held) not in _PLAIN:
+        raise ValueError(f"is a {type(held).__name__}: a checkpoint holds plain tensors and DTensors of them")
+    if held.layout != torch.strided or held.is_quantized or held.device.type == "meta":
+        kind = "on the meta device" if held.device.type == "meta" else f"{held.layout}, {held.dtype}"
         raise ValueError(f"is {kind}: a checkpoint holds dense tensors that have data")
     if tensor.dtype not in _NAMES:
         raise ValueError(f"is {tensor.dtype}, which a checkpoint cannot hold")
-    dtype = _NAMES[tensor.dtype]
-    if not isinstance(tensor, DTensor):
-        return TensorSpec(tuple(tensor.shape), dtype, rank0=rank0)
-    mesh = tensor.device_mesh.mesh
-    if mesh.flatten().tolist() != list(range(mesh.numel())):
-        raise ValueError(f"is on a mesh of ranks {mesh.tolist()}: a checkpoint knows meshes of all ranks in order")
-    placements = tuple(_placement(placement, tensor.dim()) for placement in tensor.placements)
-    return TensorSpec(tuple(tensor.shape), dtype, tuple(mesh.shape), placements, rank0)
+    spec = TensorSpec(tuple(tensor.shape), _NAMES[tensor.dtype], rank0=rank0)
+    return _on_mesh(cast("DTensor", tensor), spec) if is_sharded(tensor) else spec
 
 
 def describe_all(state: State, world: World) -> tuple[dict[str, TensorSpec], dict[str, str]]:
@@ -116,8 +113,8 @@ def describe_all(state: State, world: World) -> tuple[dict[str, TensorSpec], dic
 
 def local_bits(tensor: torch.Tensor) -> torch.Tensor:
     """The local tensor, viewed as integers of its element size: copies of these keep every bit, NaNs' too."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().view(_BITS[local.element_size()])
+    held = local(tensor).detach()
+    return held.view(_BITS[held.element_size()])
 
 
 def host_buffer(size: int) -> torch.Tensor:
@@ -130,18 +127,21 @@ def bits(flat: torch.Tensor, itemsize: int) -> torch.Tensor:
     return flat.view(_BITS[itemsize])
 
 
-def _check_place(tensor: torch.Tensor, spec: TensorSpec, world: World) -> None:
-    """A DTensor made by hand may claim a layout that it does not have."""
-    if spec.mesh is None:
-        return
-    if math.prod(spec.mesh) != world.world_size:
-        raise ValueError(f"is on {math.prod(spec.mesh)} of {world.world_size} ranks: a checkpoint knows meshes of all")
-    shape = tuple(tensor.to_local().shape) if isinstance(tensor, DTensor) else ()
-    if shape != (wanted := local_shape(spec, world.rank)):
-        raise ValueError(f"holds {list(shape)} on rank {world.rank}, where its placements give {list(wanted)}")
+def _on_mesh(tensor: DTensor, spec: TensorSpec) -> TensorSpec:
+    """The spec of a DTensor."""
+    if spec.rank0:
+        raise ValueError("is a DTensor, so no one rank has a copy that counts")
+    mesh = tensor.device_mesh.mesh
+    if mesh.flatten().tolist() != list(range(mesh.numel())):
+        raise ValueError(f"is on a mesh of ranks {mesh.tolist()}: a checkpoint knows meshes of all ranks in order")
+    placements = tuple(_placement(placement, tensor.dim()) for placement in tensor.placements)
+    return replace(spec, mesh=tuple(mesh.shape), placements=placements)
 
 
 def _placement(placement: Placement, dimensions: int) -> str:
+    from torch.distributed.tensor import Replicate, Shard  # there is a DTensor, so it has been imported
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     if isinstance(placement, Replicate):
         return "R"
     if isinstance(placement, _StridedShard):
@@ -151,8 +151,19 @@ def _placement(placement: Placement, dimensions: int) -> str:
     raise ValueError(f"is placed {placement}: reduce it first")
 
 
+def _check_place(tensor: torch.Tensor, spec: TensorSpec, world: World) -> None:
+    """A DTensor made by hand may claim a layout that it does not have."""
+    if spec.mesh is None:
+        return
+    if math.prod(spec.mesh) != world.world_size:
+        raise ValueError(f"is on {math.prod(spec.mesh)} of {world.world_size} ranks: a checkpoint knows meshes of all")
+    shape, wanted = tuple(local(tensor).shape), local_shape(spec, world.rank)
+    if shape != wanted:
+        raise ValueError(f"holds {list(shape)} on rank {world.rank}, where its placements give {list(wanted)}")
+
+
 def _identity(tensor: torch.Tensor, spec: TensorSpec) -> object:
     """Equal for tensors that are one: the same view of one storage."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    storage = local.untyped_storage().data_ptr()
-    return (storage, local.storage_offset(), local.stride(), spec) if storage else id(tensor)
+    held = local(tensor)
+    storage = held.untyped_storage().data_ptr()
+    return (storage, held.storage_offset(), held.stride(), spec) if storage else id(tensor)

@@ -156,6 +156,9 @@ def layouts(world: World) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             save(Store(Path("never")), world, 1, State({"w": tensor}), attempt=1)
+    sharded = distribute_tensor(torch.ones(8), mesh, [Shard(0)], src_data_rank=None)
+    with pytest.raises(CheckpointError, match="w is a DTensor, so no one rank"):
+        save(Store(Path("never")), world, 1, State({"w": sharded}, rank0=frozenset({"w"})), attempt=1)
 
 
 def tensor_parallel_and_fsdp(world: World, grid: DeviceMesh) -> None:
@@ -197,6 +200,8 @@ def faults(world: World, root: str) -> None:
 
     with pytest.raises(CheckpointError if world.is_main else TypeError, match="'NoneType'"):  # a bug of the code's
         save(store, world, 2, State(tensors, aliases={} if world.is_main else None), attempt=1)
+
+    told(world, lambda: save(store, world, 2 + world.rank, State(tensors), attempt=1), "(step) is 3 on rank 1 and 2 on")
 
     path = store.path(1)
     short = {"a": torch.zeros(1, 1 << 20), "b": torch.zeros(1, (1 << 20) - world.rank)}

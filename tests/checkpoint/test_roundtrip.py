@@ -84,6 +84,18 @@ def test_other_readers_of_safetensors_read_it(store: Store) -> None:
             assert same(file.get_tensor(name), tensor), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_on_a_gpu(store: Store) -> None:
+    tensors = odd_tensors()
+    path = save(store, WORLD, 1, State({name: tensor.cuda() for name, tensor in tensors.items()}), attempt=1)
+    live = {name: tensor.cuda() for name, tensor in blank(tensors).items()}
+    load(path, WORLD, State(live))
+    for name, tensor in tensors.items():
+        assert live[name].is_cuda
+        assert same(live[name].cpu(), tensor), name
+
+
 def test_an_empty_state(store: Store) -> None:
     path = save(store, WORLD, 0, State(), attempt=1)
     assert load(path, WORLD, State()).step == 0
