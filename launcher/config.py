@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-__all__ = ["RunConfig"]
+from launcher.changes import OF_ONE_START, Change, changes, check_resume
+from launcher.errors import RecipeError, UsageError
+from launcher.launch import read_launch
+from launcher.options import flag, parse_options
+from launcher.tables import overlay, read_table
+from launcher.values import decode, default_of, describe, encode, init_fields, is_table, option_types
+
+__all__ = ["Change", "RunConfig", "changes", "check_resume", "parse", "resolve", "to_dict"]
+
+C = TypeVar("C")
+
+RESERVED = ("run", "config", "help")
+AT_LEAST = {"save_every": 0, "keep": 1, "log_every": 1, "workers": 0, "threads": 1}
 
 
 @dataclass(frozen=True)
@@ -24,10 +40,10 @@ class RunConfig:
     """Let fp32 matrix products on a GPU use TF32."""
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] | None = None
     """torch.compile mode; unset: what `accelerate launch` said, else off."""
-    compile_scope: Literal["model", "block"] = "model"
-    """Compile the model whole, or each of its repeated blocks (a faster start)."""
+    compile_scope: Literal["model", "block"] | None = None
+    """Compile the model whole, or each of its repeated blocks (a faster start); unset: accelerate's, else model."""
     shard: Literal["none", "full", "hybrid"] | None = None
-    """FSDP2: over all ranks, or within a node and replicated between nodes; unset: as accelerate said."""
+    """FSDP2: over all ranks, or within a node and replicated between nodes; unset: accelerate's, else none."""
     activation_checkpointing: bool = False
     """Recompute each repeated block in the backward pass instead of keeping its activations."""
     sync: Literal["last", "every"] = "last"
@@ -52,3 +68,127 @@ class RunConfig:
     """Changes to accept on resume, by option name (`lr`, `run.precision`), or `world` for batch-coupled models."""
     tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send metrics to these trackers, through Accelerate."""
+
+    def __post_init__(self) -> None:
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{flag('run.' + name)} {value}: at least {least}")
+
+
+def parse(
+    config_type: type[C] | None, argv: Sequence[str], *, prog: str, description: str | None
+) -> tuple[C | None, RunConfig]:
+    """The recipe's config and the run's, from the command line and the file that its `--config` names.
+
+    The file holds options in TOML or JSON, nested as on the command line (`[model]`, `[run]`); the command line wins.
+
+    Args:
+        config_type: the dataclass of the recipe's options; None: it has none.
+        argv: the arguments, without the program's name.
+        prog: what the program is called in its help.
+        description: what the help begins with.
+
+    Raises:
+        UsageError: an option, a value or the file is wrong.
+        RecipeError: `config_type` is not what options can be made of.
+        SystemExit: after `--help`.
+    """
+    if config_type is not None:
+        _check(config_type)
+    known = ({} if config_type is None else option_types(config_type)) | option_types(RunConfig, "run.")
+    options = _options_type(config_type)
+    path = _config_file(argv)
+    default = None if path is None else _from_file(path, config_type, options, known)
+    parsed = parse_options(
+        options, argv, default=default, known={**known, "config": Path}, prog=prog, description=description
+    )
+    return getattr(parsed, "cfg", None), parsed.run
+
+
+def to_dict(config: Any, run: RunConfig) -> dict[str, Any]:
+    """Both configs as JSON can hold them, nested as the options are: what `--config` reads back as equal ones.
+
+    Without `run.dir`, `run.resume` and `run.allow`, which belong to one start.
+    """
+    own = {} if config is None else encode(config)
+    return {**own, "run": {name: value for name, value in encode(run).items() if name not in OF_ONE_START}}
+
+
+def resolve(run: RunConfig, environ: Mapping[str, str]) -> RunConfig:
+    """`run` with what it leaves open filled in from what `accelerate launch` said; nothing of that is None after it.
+
+    Raises:
+        UsageError: both say something and differ, or `accelerate launch` asks for what would be ignored.
+    """
+    filled: dict[str, Any] = {}
+    for name, said in read_launch(environ).items():
+        own = getattr(run, name)
+        if own not in (None, False, said.value):  # a flag that is False may as well be unsaid
+            raise UsageError(f"accelerate launch says {said.words}, {flag('run.' + name)} says {own}: drop one")
+        filled[name] = said.value
+    for name, unsaid in (("precision", "no"), ("compile", "off"), ("compile_scope", "model"), ("shard", "none")):
+        if getattr(run, name) is None:
+            filled.setdefault(name, unsaid)
+    return dataclasses.replace(run, **filled)
+
+
+def _options_type(config_type: type | None) -> Any:
+    """The dataclass of the whole command line: the recipe's options at the top, the run's below `run`."""
+    import tyro
+
+    path = Annotated[str | None, tyro.conf.arg(metavar="FILE", help="TOML or JSON file of options; these win over it.")]
+    members: list[Any] = [("run", RunConfig), ("config", path, None)]
+    if config_type is not None:
+        members.insert(0, ("cfg", Annotated[config_type, tyro.conf.arg(name="")]))
+    return dataclasses.make_dataclass("Options", members)
+
+
+def _from_file(path: str, config_type: type | None, options: Any, known: Mapping[str, Any]) -> Any:
+    """The whole command line's defaults, with the values that a file gives."""
+    table, faults = read_table(path), []  # type: tuple[dict[str, Any], list[str]]
+    own = table.pop("run", {})
+    values: dict[str, Any] = {"config": path}
+    if config_type is not None:
+        values["cfg"] = overlay(config_type, table, "", known, faults)
+    else:
+        faults += [f"unknown key {key}: the recipe has no options of its own" for key in table]
+    values["run"] = overlay(RunConfig, own, "run.", known, faults)
+    if faults:
+        raise UsageError(f"--config {path}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if faults[1:] else ""))
+    return options(**values)
+
+
+def _check(config: type, prefix: str = "") -> None:
+    """Refuse a config whose options could not be given in a file and read back as they are."""
+    if not is_table(config):
+        raise RecipeError(f"{config.__name__}, which train's cfg is annotated with, is not a dataclass: add @dataclass")
+    try:
+        members = init_fields(config)
+    except NameError as error:
+        raise RecipeError(f"{config.__name__}: its annotations cannot be read ({error})") from None
+    for name, (field, kind) in members.items():
+        where = f"{config.__name__}.{name}"
+        if not prefix and name in RESERVED:
+            raise RecipeError(f"{where}: the name is the launcher's own, call it something else")
+        if is_table(kind):
+            _check(kind, f"{prefix}{name}.")
+            continue
+        try:
+            expected, default = describe(kind), default_of(field)
+            if default is not dataclasses.MISSING:
+                decode(kind, encode(default))
+        except TypeError as error:
+            raise RecipeError(f"{where}: {error} is not a type that an option can have") from None
+        except ValueError:
+            raise RecipeError(f"{where}: its default {default!r} is not what it is annotated as: {expected}") from None
+
+
+def _config_file(argv: Sequence[str]) -> str | None:
+    """The file that `--config` names, wherever it stands."""
+    pairs = itertools.pairwise(argv)
+    found = [value for name, value in pairs if name == "--config" and not value.startswith("--")]
+    found += [token.partition("=")[2] for token in argv if token.startswith("--config=")]
+    if len(found) > 1:
+        raise UsageError(f"--config is given twice: {' and '.join(found)}")
+    return found[0] if found else None

@@ -1,0 +1,119 @@
+"""The `launcher` command. It answers in a blink: nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from launcher.command import local_command, visible_gpus
+from launcher.errors import LauncherError, UsageError
+
+__all__ = ["main"]
+
+COMMANDS = {"run": "run a recipe on this machine"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command line (default: this process's): 0 done, 2 usage, 1 failed."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _dispatch(argv)
+    except LauncherError as error:
+        print(f"launcher: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as done:  # argparse, after --help and --version
+        return int(done.code or 0)
+    return 0
+
+
+def _dispatch(argv: list[str]) -> None:
+    parser = Parser(
+        prog="launcher",
+        description="Run one training recipe, unmodified: as a debug run, on many GPUs, on a cluster.",
+        epilog="`launcher COMMAND --help` says more of one.",
+    )
+    parser.add_argument("--version", action="store_true", help="say which version this is")
+    listed = ", ".join(f"{name} ({what})" for name, what in COMMANDS.items())
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help=listed)
+    options = parser.parse_args(argv[:1])
+    command = options.command
+    if options.version:
+        print(f"launcher {_version()}")
+    elif command == "run":
+        _run(argv[1:])
+    elif command is None:
+        raise UsageError(f"name a command: {', '.join(COMMANDS)} (launcher --help)")
+    elif command.endswith(".py"):
+        raise UsageError(f"unknown command {command}: did you mean launcher run {command}?")
+    else:
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        raise UsageError(
+            f"unknown command {command}: " + (f"did you mean {near[0]}?" if near else "see launcher --help")
+        )
+
+
+def _run(argv: list[str]) -> None:
+    """`launcher run [options] RECIPE [the recipe's options]`."""
+    parser = Parser(
+        prog="launcher run",
+        usage="launcher run [--gpus N | --nproc N] [--dry-run] RECIPE [recipe options]",
+        description="Run a recipe on this machine: plain python for one process, accelerate launch for more.",
+        epilog="What stands after RECIPE is the recipe's own: `launcher run RECIPE --help` lists it.",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpus", type=int, metavar="N", help="GPUs, a process each; 0: one CPU process (default: all)")
+    where.add_argument("--nproc", type=int, metavar="N", help="CPU processes, in place of GPUs")
+    parser.add_argument("--dry-run", action="store_true", help="only print the command line that this stands for")
+    end = _recipe_index(argv)
+    options = parser.parse_args(argv[:end])
+    for name, least in (("gpus", 0), ("nproc", 1)):
+        number = getattr(options, name)
+        if number is not None and number < least:
+            raise UsageError(f"--{name} {number}: at least {least}")
+    if end == len(argv):
+        raise UsageError("launcher run needs a RECIPE: the path of a Python file")
+    recipe, *arguments = argv[end:]
+    command = local_command(recipe, arguments, gpus=options.gpus, nproc=options.nproc, visible=visible_gpus(os.environ))
+    if options.dry_run:
+        print(command)
+        return
+    print(f"+ {command}", file=sys.stderr)
+    command.execute()
+
+
+def _recipe_index(argv: list[str]) -> int:
+    """Where the recipe's path stands: behind the launcher's own options and their values."""
+    index = 0
+    while index < len(argv) and argv[index].startswith("-"):
+        name = argv[index].partition("=")[0]
+        if name not in ("--gpus", "--nproc", "--dry-run", "--help", "-h"):
+            raise UsageError(
+                f"launcher run has no option {name}: before RECIPE stand --gpus, --nproc and --dry-run, "
+                "after it the recipe's own options"
+            )
+        index += 2 if argv[index] in ("--gpus", "--nproc") else 1
+    return min(index, len(argv))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are one line, and which takes no abbreviations."""
+
+    def __init__(self, **settings: str) -> None:
+        super().__init__(**settings, allow_abbrev=False)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message` as a UsageError."""
+        raise UsageError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("launcher")
+    except PackageNotFoundError:
+        return "(not installed)"
