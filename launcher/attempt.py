@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,7 +81,8 @@ class Attempt:
         from launcher.run import Run
 
         self.run = Run(options, settings, self.world, accelerator, self.rundir, self.number, self.signals)
-        self._train = (lambda: train(self.run, config)) if config_type is not None else (lambda: train(self.run))
+        arguments = (self.run,) if config_type is None else (self.run, config)
+        self._train: Callable[[], None] = lambda: train(*arguments)
 
     def train(self) -> None:
         """Run the recipe to its end, and save what it has learnt."""
@@ -95,7 +97,7 @@ class Attempt:
         assert self.run is not None
         assert self.signals is not None
         try:
-            self.run.save()
+            self.run.stopped()
         except LauncherError as error:
             self.fail(error)
             self.leave(error.exit_code)
@@ -134,7 +136,7 @@ class Attempt:
         self.close(ok=code == 0)
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.world.world_size > 1 and code:
+        if self.world.group is not None and code:
             os._exit(code)
         sys.exit(code)
 
@@ -149,10 +151,11 @@ class Attempt:
 
     def _open(self, options: RunConfig, settings: Mapping[str, Any], recipe: Path) -> tuple[RunDir, int]:
         """The run directory and this attempt's number, as rank 0 finds or makes them."""
+        hosts = sorted(set(self.world.gather(socket.gethostname())))
         opened: tuple[Path, int] | LauncherError | None = None
         if self.world.is_main:
             try:
-                opened = _open_run(options, settings, recipe, self.world)
+                opened = _open_run(options, settings, recipe, self.world, hosts)
             except LauncherError as error:
                 opened = error
         opened = self.world.broadcast(opened)
@@ -160,7 +163,7 @@ class Attempt:
             raise opened
         assert opened is not None
         path, number = opened
-        return RunDir(path), number
+        return RunDir(path, number), number
 
     def _status(self, status: str, *, everyone: bool = False) -> None:
         if self.rundir is not None and (self.world.is_main or everyone):
@@ -168,13 +171,14 @@ class Attempt:
             self.rundir.update(status=status, **step)
 
 
-def _open_run(options: RunConfig, settings: Mapping[str, Any], recipe: Path, world: World) -> tuple[Path, int]:
+def _open_run(
+    options: RunConfig, settings: Mapping[str, Any], recipe: Path, world: World, hosts: Sequence[str]
+) -> tuple[Path, int]:
     rundir = RunDir.open(options.dir, name=options.name or recipe.stem)
     saved = rundir.config()
-    if saved is not None:
-        check_resume(saved, settings, options.allow)
+    check_resume(settings if saved is None else saved, settings, options.allow)
     number = rundir.start_attempt(world.world_size)
-    rundir.record(settings, recipe, command=sys.argv, attempt=number, world_size=world.world_size)
+    rundir.record(settings, recipe, command=sys.argv, attempt=number, world_size=world.world_size, hosts=hosts)
     print(f"run directory: {rundir.path}" + (f" (attempt {number})" if number > 1 else ""), file=sys.stderr, flush=True)
     return rundir.path, number
 

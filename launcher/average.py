@@ -12,7 +12,7 @@ from torch import nn
 from launcher.data import Feed, Loader
 from launcher.errors import RecipeError
 from launcher.order import Plan
-from launcher.parallel import broadcast_buffers
+from launcher.parallel import broadcast_buffers, reshard
 
 if TYPE_CHECKING:
     from launcher.run import Run
@@ -67,3 +67,5 @@ def evaluating(run: Run) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+        for model in models:
+            reshard(model)

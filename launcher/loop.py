@@ -59,14 +59,14 @@ class Loop:
             self.metrics.settle(ballot)
             last = bool(ballot.exhausted or ballot.finish) or (self.total is not None and index >= self.total)
             save = index > start and self.run.save_due(index) and not last
-            if last or save or ballot.stop:  # a line must be on disk before a checkpoint of its step is
-                self.metrics.settle(self.agreement.reduce(self._ballot(index, ahead=False)))
+            if last or save or ballot.stop:
+                self.flush()
             if ballot.stop:
                 raise Stopped
             if last:
                 break
             if save:
-                self.run.save()
+                self.run.save_or_tell()
             yield self._begin(index, ballot)
             self._end(index)
             index += 1
@@ -76,8 +76,13 @@ class Loop:
         """The recipe has left its loop by itself: a body that had stepped its optimizer was a whole step."""
         if self.run.mid_step:
             self._end(self.run.completed)
+        self.flush()
+
+    def flush(self) -> None:
+        """Bring the metrics up to date: a line must be on disk before a checkpoint of its step is."""
+        if self.agreement.pending:
             self.metrics.settle(self.agreement.result())
-            self.metrics.settle(self.agreement.reduce(self._ballot(self.run.completed, ahead=False)))
+        self.metrics.settle(self.agreement.reduce(self._ballot(self.run.completed, ahead=False)))
 
     def issue(self, index: int) -> None:
         """Tell the other ranks what they must know before the step that follows step `index`."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Blocks", "Replica", "all_gather", "broadcast_buffers", "plain_name", "set_gradient_sync", "wrap"]
+__all__ = ["Blocks", "Replica", "all_gather", "broadcast_buffers", "plain_name", "reshard", "set_gradient_sync", "wrap"]
 
 Blocks = type[nn.Module] | tuple[type[nn.Module], ...] | None
 
@@ -105,8 +105,8 @@ def set_gradient_sync(models: Iterable[nn.Module], sync: bool) -> None:
     for model in models:
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = sync
-        elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
-            model.set_requires_gradient_sync(sync)
+        elif callable(set_sync := getattr(model, "set_requires_gradient_sync", None)):  # FSDP2's
+            set_sync(sync)
 
 
 def broadcast_buffers(models: Iterable[nn.Module], world: World) -> None:
@@ -116,6 +116,21 @@ def broadcast_buffers(models: Iterable[nn.Module], world: World) -> None:
     for model in models:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put a sharded model's parameters back into shards.
+
+    FSDP2 leaves the root's whole after a forward without a backward; they would not see what is written to the shards,
+    and a checkpoint would not see the shards.
+    """
+    if not hasattr(model, "set_requires_gradient_sync"):
+        return  # not FSDP2's
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def all_gather(value: torch.Tensor, world: World) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from launcher.average import average
 from launcher.config import RunConfig
 from launcher.data import Loader
-from launcher.errors import RecipeError, UsageError
+from launcher.errors import CheckpointError, RecipeError, UsageError
 from launcher.loop import Loop
 from launcher.metrics import Bar, Metrics
 from launcher.optim import Optimizer
@@ -311,6 +311,12 @@ class Run:
             self._loop.broken_off()
         self.save()
 
+    def stopped(self) -> None:
+        """All ranks have agreed to stop here: save, to go on from here."""
+        if self._loop is not None:
+            self._loop.flush()
+        self.save()
+
     def save_due(self, step: int) -> bool:
         """Whether a checkpoint is due at a step's edge."""
         return self.config.save_every > 0 and step % self.config.save_every == 0
@@ -321,6 +327,13 @@ class Run:
             if self._metrics is not None:
                 self._metrics.sync()
             self._saver.save(self._loop)
+
+    def save_or_tell(self) -> None:
+        """Save in the midst of training, which need not end because a disk is full: the next save may succeed."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            self.print(f"launcher: NOT SAVED at step {self.completed}, training goes on: {error}")
 
     def cursor(self, name: str) -> Any:
         """Where a restored stream goes on."""

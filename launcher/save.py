@@ -14,6 +14,7 @@ from launcher.config import check_resume
 from launcher.data import Loader
 from launcher.errors import CheckpointError, UsageError
 from launcher.order import Plan
+from launcher.parallel import reshard
 from launcher.rundir import RunDir
 from launcher.state import (
     add_module,
@@ -148,7 +149,15 @@ class Saver:
                     f"--run.resume never, but {self._rundir.path} holds {newest.name}: take another --run.dir"
                 )
             return None
-        return _checkpoint_path(choice, "--run.resume")
+        given = _checkpoint_path(choice, "--run.resume")
+        if newest is None or newest.samefile(given):
+            return given
+        if given.parent.samefile(newest.parent):
+            raise UsageError(
+                f"--run.resume {choice} goes back behind {newest.name} of the same run: give it a fresh --run.dir"
+            )
+        run.print(f"launcher: the run goes on from its own {newest.name}: --run.resume {choice} was where it began")
+        return newest
 
     def _check(self, index: checkpoint.Index, path: Path) -> None:
         run = self._run
@@ -186,6 +195,7 @@ class Saver:
     def _state(self) -> checkpoint.State:
         state = checkpoint.State()
         for name, model in self._run.models.items():
+            reshard(model)
             add_module(state, name, model)
         return state
 

@@ -97,7 +97,10 @@ def connect(run: RunConfig, environ: Mapping[str, str]) -> tuple[World, Accelera
         )
     if world_size == 1 and run.shard != "none" and not dist.is_initialized():  # FSDP2 wants a mesh, if only of one
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.distributed_c10d.HashStore(), rank=0, world_size=1
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
         )
     group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
     return World(rank, world_size, local_rank, local_world_size, accelerator.device, group), accelerator

@@ -2,6 +2,7 @@
 
 import pytest
 
+import launcher
 from tests.harness import Ranks
 
 
@@ -17,3 +18,23 @@ def start(tmp_path):
     yield run
     for job in jobs:
         job.close()
+
+
+@pytest.fixture
+def run_recipe(tmp_path, monkeypatch, capfd):
+    """Run a train function in this process; returns what it printed. `code` is the exit code that it must have."""
+
+    def run(train, *argv, code=0):
+        given = [] if "--run.dir" in argv else ["--run.dir", str(tmp_path / "run")]
+        monkeypatch.setattr("sys.argv", ["recipe.py", *given, *map(str, argv)])
+        left = 0
+        try:
+            launcher.main(train)
+        except SystemExit as exit_:
+            left = exit_.code
+        printed = capfd.readouterr()
+        assert left == code, printed.err
+        return printed.out + printed.err
+
+    run.dir = tmp_path / "run"
+    return run

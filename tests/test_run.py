@@ -22,25 +22,6 @@ def data(size=20):
     return torch.randn(size, 3, generator=generator), torch.randn(size, 1, generator=generator)
 
 
-@pytest.fixture
-def run_recipe(tmp_path, monkeypatch, capfd):
-    """Run a train function in this process; returns what it printed. `code` is the exit code that it must have."""
-
-    def run(train, *argv, code=0):
-        monkeypatch.setattr("sys.argv", ["recipe.py", "--run.dir", str(tmp_path / "run"), *map(str, argv)])
-        left = 0
-        try:
-            launcher.main(train)
-        except SystemExit as exit_:
-            left = exit_.code
-        printed = capfd.readouterr()
-        assert left == code, printed.err
-        return printed.out + printed.err
-
-    run.dir = tmp_path / "run"
-    return run
-
-
 def parts(run, **loader):
     """A linear model, its optimizer and its data."""
     model = run.build(lambda: nn.Linear(3, 1))

@@ -33,11 +33,6 @@ class Config:
     lr: float = 1e-2
     warmup: int = 3
     ema: bool = False
-    die_at: int = -1  # kill this rank in this step's body
-    signal_at: int = -1
-    signal_where: str = "body"
-    signal_rank: int = 0
-    signal_name: str = "SIGTERM"
 
 
 class Samples(torch.utils.data.Dataset):
@@ -82,9 +77,14 @@ class Model(nn.Module):
 
 
 def train(run: launcher.Run, cfg: Config) -> None:
+    # What is done to this process is in the environment, not in the options: a rerun has the same options.
+    wanted = os.environ.get("STRIKE", "")
+
     def strike(where: str, step: int) -> None:
-        if step == cfg.signal_at and where == cfg.signal_where and run.rank == cfg.signal_rank and attempt == 1:
-            os.kill(os.getpid(), getattr(signal, cfg.signal_name))
+        """Send this process the signal that STRIKE=name:where:step:rank asks for."""
+        for number in signal.Signals:
+            if wanted == f"{number.name}:{where}:{step}:{run.rank}":
+                os.kill(os.getpid(), number)
 
     attempt = json.loads((run.dir / "run.json").read_text())["attempt"]
     now = [0]
@@ -104,7 +104,7 @@ def train(run: launcher.Run, cfg: Config) -> None:
     )
     optimizer = run.optimizer(inner)
     ema = launcher.EMA(run, model, decay=0.9) if cfg.ema else None
-    strike("setup", cfg.signal_at)
+    strike("setup", 0)
 
     def score(batch):
         strike("evaluation", now[0])
@@ -122,8 +122,6 @@ def train(run: launcher.Run, cfg: Config) -> None:
                 index = run.rank + j * run.world_size
                 record.write(json.dumps({"step": step.index, "micro": index, "ids": batch["id"].tolist()}) + "\n")
                 record.flush()
-            if step.index == cfg.die_at and attempt == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
             strike("body", step.index)
             if cfg.tokens or cfg.late:
                 loss = (F.mse_loss(model(batch["x"]), batch["y"], reduction="none") * batch["mask"]).sum()
@@ -138,7 +136,8 @@ def train(run: launcher.Run, cfg: Config) -> None:
     if ema is not None:
         with ema.swapped():
             run.log(**run.average(score, held_out))
-    run.log(**run.average(score, held_out))
+    if cfg.eval_every:
+        run.log(**run.average(score, held_out))
     record.close()
 
 

@@ -50,7 +50,7 @@ def elastic_start(start, tmp_path):
     """A straight run on two ranks, and one that was killed there."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     start(2, RECIPE, *OPTIONS, "--run.dir", straight).ok()
-    start(2, RECIPE, *OPTIONS, "--run.dir", killed, "--die-at", 17).wait()
+    start(2, RECIPE, *OPTIONS, "--run.dir", killed, env={"STRIKE": "SIGKILL:body:17:1"}).wait()
     return straight, killed
 
 

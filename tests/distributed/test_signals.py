@@ -32,9 +32,8 @@ def straight(tmp_path_factory):
     ],
 )
 def test_all_ranks_stop_at_one_step(start, tmp_path, straight, name, where, step):
-    flags = ["--signal-at", step, "--signal-where", where, "--signal-rank", 1, "--signal-name", name]
     rundir = tmp_path / "run"
-    job = start(2, RECIPE, *OPTIONS, "--run.dir", rundir, *flags)
+    job = start(2, RECIPE, *OPTIONS, "--run.dir", rundir, env={"STRIKE": f"{name}:{where}:{step}:1"})
     job.ok()
     stopped = status(rundir)
     assert stopped["status"] == "preempted", job.output()
