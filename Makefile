@@ -1,0 +1,33 @@
+# Needed at the start: a clone, Python 3.11 to 3.13 and pip. `make demo PYTHON=python3.12` chooses another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+# every GPU there is (for the launcher, those in /dev); without one, two processes on the CPU
+DEVICES := $(if $(wildcard /dev/nvidia[0-9]*),,--nproc 2)
+
+.PHONY: venv demo test check bench
+
+venv: $(READY)
+
+# torch comes first and by its exact version, so that pip takes the build meant for this machine
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/launcher run $(DEVICES) recipes/gpt.py --run.save-every 200
+
+check: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+bench: venv
+	$(BIN)/python benchmarks/overhead.py
