@@ -38,24 +38,26 @@ class Agreement:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._ballot = Ballot()
         self._votes = torch.zeros(0)
         self._work: dist.Work | None = None
         self.pending = False
 
     def issue(self, ballot: Ballot) -> None:
         """Send this rank's ballot; returns at once."""
-        values = (ballot.stop, ballot.exhausted, ballot.finish, ballot.loss, ballot.loss_count, *ballot.counts)
-        self._votes = torch.tensor(values, dtype=torch.float64)  # exact for counts up to 2**53
-        self.pending = True
+        self._ballot, self.pending = ballot, True
         if self._world.group is not None:
+            values = (ballot.stop, ballot.exhausted, ballot.finish, ballot.loss, ballot.loss_count, *ballot.counts)
+            self._votes = torch.tensor(values, dtype=torch.float64)  # exact for counts up to 2**53
             self._work = dist.all_reduce(self._votes, group=self._world.group, async_op=True)
 
     def result(self) -> Ballot:
         """Wait for every rank's ballot and return their sum."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
         self.pending = False
+        if self._work is None:
+            return self._ballot
+        self._work.wait()
+        self._work = None
         stop, exhausted, finish, loss, loss_count, *counts = self._votes.tolist()
         return Ballot(stop, exhausted, finish, loss, loss_count, tuple(counts))
 

@@ -31,9 +31,9 @@ def main(train: Callable[[Run, C], None] | Callable[[Run], None]) -> None:
     """Run a recipe as the command line and the environment say; the last line of its file.
 
     `train(run, cfg)` is annotated with the dataclass of the recipe's options, from which the command line is made;
-    `train(run)` has none. Returns when the run has finished; exits with 0 when it was stopped and saved, with 2 for a
-    usage error and 1 for any other failure. In a single process an exception of the recipe's own passes through, so
-    that a debugger finds it.
+    `train(run)` has none. A finished run returns, in a single process, or exits with 0; one that was stopped and saved
+    exits with 0, a usage error with 2, any other failure with 1. In a single process an exception of the recipe's own
+    passes through, so that a debugger finds it.
     """
     attempt = Attempt()
     try:
@@ -50,6 +50,8 @@ def main(train: Callable[[Run, C], None] | Callable[[Run], None]) -> None:
         if attempt.world.world_size == 1:
             raise
         attempt.leave(1)
+    if attempt.world.group is not None:
+        attempt.leave(0)
     attempt.close()
 
 
@@ -132,19 +134,23 @@ class Attempt:
         print("launcher: left at once; the last checkpoint stands", file=sys.stderr, flush=True)
 
     def leave(self, code: int) -> None:
-        """End the process with `code`. With peers, at once: interpreters have been seen to abort in their teardown."""
-        self.close(ok=code == 0)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if self.world.group is not None and code:
+        """End the process with `code`.
+
+        With peers at once: a process group's threads have been seen to abort in the interpreter's teardown, after
+        complete results, and the exit code must not say that the run failed.
+        """
+        self.close()
+        if self.world.group is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
         sys.exit(code)
 
-    def close(self, *, ok: bool = True) -> None:
+    def close(self) -> None:
         """Let go of everything; the status has been written before."""
         if self.run is not None:
             self.run.close()
-        if ok:
+        if self.world.group is None:
             disconnect()
         if self.signals is not None:
             self.signals.close()

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from launcher.errors import UsageError
-from launcher.order import Order, Slot
+from launcher.order import Ints, Order, Slot
 from launcher.seeds import COLLATE, SAMPLE, mix, seed_host
 from launcher.signals import ignore_signals
 from launcher.stream import Stream, is_stream
@@ -89,11 +89,11 @@ class Fetch(Dataset[Any]):
         """The collated micro-batch of a slot."""
         samples = self._order.samples(slot.start, slot.stop)
         if not self._draws:
-            return self._read(samples.tolist(), _no_seed)
+            return self._read(samples, _no_seed)
         epochs = [self._order.epoch(position) for position in range(slot.start, slot.stop)]
         seeds = [mix(self._seed, SAMPLE, epoch, sample) for epoch, sample in zip(epochs, samples.tolist(), strict=True)]
         seeds.append(mix(self._seed, COLLATE, slot.start))
-        return self._read(samples.tolist(), lambda k: seed_host(seeds[k]))
+        return self._read(samples, lambda k: seed_host(seeds[k]))
 
 
 class Fetched:
@@ -161,7 +161,7 @@ class Feed:
             fetched.event.record(self._copies)
 
 
-Reader = Callable[[list[int], Callable[[int], None]], Any]
+Reader = Callable[[Ints, Callable[[int], None]], Any]
 
 
 def _reader(data: Any, collate: Callable[[list[Any]], Any] | None) -> tuple[Reader, bool]:
@@ -170,11 +170,11 @@ def _reader(data: Any, collate: Callable[[list[Any]], Any] | None) -> tuple[Read
         if isinstance(data, TensorDataset):
             data = data.tensors
         if isinstance(data, torch.Tensor):
-            return lambda samples, _: data[torch.tensor(samples)], False
+            return lambda samples, _: data[torch.from_numpy(samples)], False
         if isinstance(data, tuple):
-            return lambda samples, _: _take(data, torch.tensor(samples)), False
+            return lambda samples, _: _take(data, torch.from_numpy(samples)), False
         if isinstance(data, Mapping):
-            return lambda samples, _: {key: value[torch.tensor(samples)] for key, value in data.items()}, False
+            return lambda samples, _: _take_named(data, torch.from_numpy(samples)), False
         if _is_arrow(data):
             table = data if data.format["type"] else data.with_format("torch")
             return _seeding_first(lambda samples: table[samples]), data.format["type"] == "custom"
@@ -189,9 +189,9 @@ def _reader(data: Any, collate: Callable[[list[Any]], Any] | None) -> tuple[Read
 def _seeding_first(read: Callable[[list[int]], Any], collate: Callable[[Any], Any] | None = None) -> Reader:
     """One call reads all the samples, so the first sample's seed serves them together."""
 
-    def reader(samples: list[int], seed: Callable[[int], None]) -> Any:
+    def reader(samples: Ints, seed: Callable[[int], None]) -> Any:
         seed(0)
-        batch = read(samples)
+        batch = read(samples.tolist())
         if collate is None:
             return batch
         seed(-1)
@@ -200,9 +200,9 @@ def _seeding_first(read: Callable[[list[int]], Any], collate: Callable[[Any], An
     return reader
 
 
-def _one_by_one(data: Any, samples: list[int], seed: Callable[[int], None], collate: Callable[[list[Any]], Any]) -> Any:
+def _one_by_one(data: Any, samples: Ints, seed: Callable[[int], None], collate: Callable[[list[Any]], Any]) -> Any:
     batch = []
-    for k, sample in enumerate(samples):
+    for k, sample in enumerate(samples.tolist()):
         seed(k)
         batch.append(data[sample])
     seed(-1)
@@ -211,6 +211,10 @@ def _one_by_one(data: Any, samples: list[int], seed: Callable[[int], None], coll
 
 def _take(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor[index] for tensor in tensors)
+
+
+def _take_named(tensors: Mapping[str, torch.Tensor], index: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {key: tensor[index] for key, tensor in tensors.items()}
 
 
 def _no_seed(_: int) -> None:

@@ -106,7 +106,7 @@ class Loop:
 
     def microbatches(self, index: int) -> int:
         """Micro-batches that every rank runs in a step."""
-        return len(self._plans[self.first].share(index, self.world.rank, self.world.world_size))
+        return self._plans[self.first].microbatches(index, self.world.world_size)
 
     def refetch(self, index: int) -> Iterator[dict[str, Fetched]]:
         """A step's micro-batches once more: reading by position has no side effects."""
@@ -161,8 +161,7 @@ class Loop:
         for name, loader in self._loaders.items():
             if loader.count is None and loader.stream is None:
                 continue
-            plan = self._plans[name]
-            number = len(plan.share(index, self.world.rank, self.world.world_size)) if wanted else 0
+            number = self._plans[name].microbatches(index, self.world.world_size) if wanted else 0
             count = self.feeds[name].look_ahead(number)
             exhausted = exhausted or count is None
             if loader.count is not None:

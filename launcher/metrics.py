@@ -75,6 +75,7 @@ class Metrics:
         self._marked: set[int] = set()
         self._unwritten: set[str] = set()
         self._written: set[str] = set()
+        self._newest: tuple[int, dict[str, Any]] = (-1, {})
         self._waited = 0.0
         self._paused = 0.0
         self._window = Window(time.perf_counter())
@@ -97,10 +98,10 @@ class Metrics:
     ) -> None:
         """A step has ended: `step` are complete, this rank's losses in it sum to `loss` (0-d, on the device)."""
         before = self._values.pop(step - 1, None)
-        if (
-            before and step - 1 in self._marked
-        ):  # the first step after a start: its weights were never a step's end here
-            self.write(step - 1, _numbers(before))
+        if before and step - 1 in self._marked:  # after a start: the step before this one has no line here yet
+            self.write(step - 1, self.line(step - 1) | _numbers(before))
+        elif before:
+            self._unwritten.update(before)
         line = Line(step, loss, local_count, count, samples, self._waited, time.perf_counter() - self._paused)
         line.values = self._values.pop(step, {})
         self._waited = 0.0
@@ -138,6 +139,7 @@ class Metrics:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write a line now."""
         self._written.update(values)
+        self._newest = (step, self.line(step) | dict(values))
         if self._file is None:
             return
         self._file.write(json.dumps({"attempt": self._attempt, "step": step, **values}) + "\n")
@@ -146,6 +148,14 @@ class Metrics:
             self._bar.show(step, values)
         if self._track is not None:
             self._track({key: value for key, value in values.items() if isinstance(value, int | float)}, step)
+
+    def line(self, step: int) -> dict[str, Any]:
+        """What the line of `step` says, if that is the newest."""
+        return self._newest[1] if self._newest[0] == step else {}
+
+    def restore(self, step: int, values: Mapping[str, Any]) -> None:
+        """Go on behind `step`, whose line an earlier attempt wrote: what is added to it must not replace it."""
+        self._newest = (step, dict(values))
 
     def waiting(self, fetch: Callable[[], T]) -> T:
         """Call `fetch` and count its time as waiting for data."""

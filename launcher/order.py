@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from launcher.seeds import ORDER, mix
 
-__all__ = ["Order", "Plan", "Slot", "permute"]
+__all__ = ["Ints", "Order", "Plan", "Slot", "permute"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -128,7 +128,12 @@ class Plan:
         """The micro-batches of a step that a rank runs, in order; every rank gets as many."""
         start, stop = self.start(step), self.start(step + 1)
         total = -(-(stop - start) // self.microbatch_size)
-        return [self._slot(step, j, total, start, stop) for j in range(rank, _round_up(total, world_size), world_size)]
+        end = self.microbatches(step, world_size) * world_size
+        return [self._slot(step, j, total, start, stop) for j in range(rank, end, world_size)]
+
+    def microbatches(self, step: int, world_size: int) -> int:
+        """Micro-batches that each rank runs in a step, padding included."""
+        return -(-self.size(step) // (self.microbatch_size * world_size))
 
     def shares(self, step: int, rank: int, world_size: int) -> Iterator[Slot]:
         """The micro-batches of every step from `step` on."""
@@ -141,7 +146,3 @@ class Plan:
             return replace(self._slot(step, 0, total, start, stop), padding=True)
         first = start + index * self.microbatch_size
         return Slot(step, index, first, min(first + self.microbatch_size, stop))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -249,6 +249,7 @@ class Run:
             bar=self._bar,
             track=self._tracker() if self.config.tracker else None,
         )
+        self._metrics.restore(self.completed, self._saver.metrics)
         if self.is_main:
             self._rundir.update(status="running", global_step=self.completed, total_steps=total)
         self._loop = Loop(self, loaders, plans, total, self._metrics, single=not isinstance(data, Mapping))
@@ -364,9 +365,11 @@ class Run:
         self.completed = index + 1
 
     def close(self) -> None:
-        """Stop the workers and the metrics."""
+        """Stop the workers, the metrics and the trackers."""
         if self._loop is not None:
             self._loop.close()
+        if self.config.tracker:
+            self._accelerator.end_training()
         if self._metrics is not None:
             unwritten = self._metrics.close()
             if unwritten and self.is_main:

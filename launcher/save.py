@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +42,8 @@ class Saver:
     def __init__(self, run: Run, rundir: RunDir, attempt: int, settings: Mapping[str, Any]) -> None:
         self.cursors: dict[str, Any] = {}
         """Where each stream goes on, on this rank."""
+        self.metrics: dict[str, Any] = {}
+        """The metrics line of the step that was restored."""
         self._run, self._rundir, self._attempt, self._settings = run, rundir, attempt, settings
         self._store = checkpoint.Store(
             rundir.path / "checkpoints",
@@ -64,6 +67,9 @@ class Saver:
             )
             end = None if epochs is None else epochs * len(loader)
             plans[name] = Plan(loader.batch_size, loader.microbatch_size, end)
+        numbers = {name: -(-plan.batch_size // plan.microbatch_size) for name, plan in plans.items()}
+        if len(set(numbers.values())) > 1:
+            raise UsageError(f"the loaders of one step need as many micro-batches each, not {numbers}")
         return plans
 
     def initialise(self, name: str, model: nn.Module) -> None:
@@ -97,12 +103,15 @@ class Saver:
         checkpoint.load(path, run.world, state)
         for then in finish:
             then()
-        self._restore_rank(index)
+        if index.world_size == run.world_size:
+            self._restore_rank(index)
         if run.scaler is not None:
             run.scaler.load_state_dict(index.values["scaler"])
         for name, plan in plans.items():
             seen = index.values["loaders"][name]["samples_seen"]
             plans[name] = Plan(plan.batch_size, plan.microbatch_size, plan.end, base=seen, base_step=index.step)
+        line = index.facts.get("metrics")
+        self.metrics = line if isinstance(line, dict) else {}
         run.print(f"resumed from {path} at step {index.step}")
         self._saved = index.step
         return index.step
@@ -130,7 +139,8 @@ class Saver:
         state.exceptions = tuple(self._exceptions())
         if run.scaler is not None:
             state.values["scaler"] = run.scaler.state_dict()
-        facts = {"seed": run.seed, "config": self._settings}
+        line = {key: value for key, value in loop.metrics.line(run.completed).items() if _finite(value)}
+        facts = {"seed": run.seed, "config": self._settings, "metrics": line}
         path = checkpoint.save(self._store, run.world, run.completed, state, attempt=self._attempt, facts=facts)
         self._saved = run.completed
         if run.is_main:
@@ -184,8 +194,7 @@ class Saver:
 
     def _restore_rank(self, index: checkpoint.Index) -> None:
         """What is each rank's own: stream cursors, and objects tracked per rank."""
-        own: Mapping[str, Any] = index.rank_values[self._run.rank] if index.rank_values else {}
-        for key, value in own.items():
+        for key, value in index.rank_values[self._run.rank].items():
             kind, _, name = key.partition("/")
             if kind == "stream":
                 self.cursors[name] = value
@@ -234,6 +243,11 @@ def check_batch(batch_size: int, microbatch_size: int, world_size: int, *, strea
         f"batch_size {batch_size} in micro-batches of {microbatch_size} makes {number}, {why} {world_size} ranks: "
         f"take {' or '.join(fixes)}"
     )
+
+
+def _finite(value: Any) -> bool:
+    """Whether JSON has a number for it; a loss that is NaN must not keep a checkpoint from being written."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _optimizer_names(run: Run) -> list[str]:

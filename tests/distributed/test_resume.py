@@ -1,11 +1,12 @@
 """A killed run goes on as if nothing had happened: bit for bit at the same size, the same samples at any other."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.harness import assert_same, losses, samples, status, tensors
+from tests.harness import Ranks, assert_same, losses, samples, status, tensors
 
 RECIPE = Path(__file__).parent / "exact.py"
 STEPS = 40
@@ -33,25 +34,30 @@ def test_a_killed_run_ends_bit_identical(start, tmp_path, world_size, options):
     assert (status(killed)["attempt"], status(killed)["restarts"], status(killed)["status"]) == (2, 1, "finished")
 
 
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """A straight run on two ranks, and one that was killed there."""
+    path = tmp_path_factory.mktemp("two")
+    for name, env in (("straight", {}), ("killed", {"STRIKE": "SIGKILL:body:17:1"})):
+        job = Ranks(2, RECIPE, *OPTIONS, "--run.dir", path / name, cwd=path, env=env)
+        job.wait()
+        job.close()
+    return path / "straight", path / "killed"
+
+
 @pytest.mark.parametrize(
-    ("world_size", "options"), [(1, []), (4, []), (2, ["--run.shard", "full"])], ids=["1", "4-ddp", "2-fsdp"]
+    ("world_size", "options"),
+    [(1, []), (4, []), (2, ["--run.shard", "full"]), (4, ["--run.shard", "hybrid"])],
+    ids=["1", "4-ddp", "2-fsdp", "4-hybrid"],
 )
-def test_another_world_sees_the_same_samples(start, tmp_path, elastic_start, world_size, options):
-    straight, killed = elastic_start
-    start(world_size, RECIPE, *OPTIONS, *options, "--run.dir", killed).ok()
+def test_another_world_sees_the_same_samples(start, tmp_path, on_two, world_size, options):
+    straight, killed = on_two[0], shutil.copytree(on_two[1], tmp_path / "killed")
+    nodes_of_two = {"LOCAL_WORLD_SIZE": "2"} if world_size == 4 else {}
+    start(world_size, RECIPE, *OPTIONS, *options, "--run.dir", killed, env=nodes_of_two).ok()
     assert samples(killed) == samples(straight), "every micro-batch of every step has the same samples"
     ours, theirs = losses(killed), losses(straight)
     assert ours.keys() == theirs.keys()
     assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-5
-
-
-@pytest.fixture
-def elastic_start(start, tmp_path):
-    """A straight run on two ranks, and one that was killed there."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    start(2, RECIPE, *OPTIONS, "--run.dir", straight).ok()
-    start(2, RECIPE, *OPTIONS, "--run.dir", killed, env={"STRIKE": "SIGKILL:body:17:1"}).wait()
-    return straight, killed
 
 
 def test_a_longer_run_is_an_extension(start, tmp_path):
