@@ -1,9 +1,9 @@
 """Classify images: scikit-learn's digits by default, any labelled images by options.
 
-python recipes/classify.py
-python recipes/classify.py --data.name zalando-datasets/fashion_mnist --data.size 28 --epochs 5
-accelerate launch recipes/classify.py --data.folder photos --data.size 64 --data.channels 3
-launcher run --nproc 2 recipes/classify.py
+$ python recipes/classify.py
+$ python recipes/classify.py --data.name zalando-datasets/fashion_mnist --data.size 28 --epochs 5
+$ accelerate launch recipes/classify.py --data.folder photos --data.size 64 --data.channels 3
+$ launcher run --nproc 2 recipes/classify.py
 """
 
 from __future__ import annotations

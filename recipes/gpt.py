@@ -1,9 +1,9 @@
 """Train a decoder-only language model on text: small by default, of GPT-2's shape by options.
 
-python recipes/gpt.py
-python recipes/gpt.py --data.files shakespeare.txt --prompt "ROMEO:"
-accelerate launch recipes/gpt.py --data.tokenizer bpe
-launcher run --gpus 8 recipes/gpt.py --model.depth 12 --model.width 768 --model.heads 12 --data.seq-len 1024 \
+$ python recipes/gpt.py
+$ python recipes/gpt.py --data.files shakespeare.txt --prompt "ROMEO:"
+$ accelerate launch recipes/gpt.py --data.tokenizer bpe
+$ launcher run --gpus 8 recipes/gpt.py --model.depth 12 --model.width 768 --model.heads 12 --data.seq-len 1024 \
     --data.tokenizer bpe --data.vocab-size 50257 --batch-size 512 --microbatch-size 32 --lr 6e-4 --run.precision bf16
 """
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import launcher
 from launcher.config import RunConfig
 from tests.harness import ROOT, losses
 from tests.recipes.test_runs import assert_close, launcher_run, start
@@ -55,6 +56,16 @@ def test_options_of_recipes_that_it_and_they_name(name: str, tmp_path: Path) -> 
     named = set(re.findall(r"--[\w.-]+\w", row + commands))
     assert len(named) >= 3
     assert named <= known
+
+
+def test_what_it_says_a_recipe_can_use_is_there() -> None:
+    named = re.findall(
+        r"`(run|step|launcher)\.([A-Za-z_]+)", README.split("What a recipe can use")[1].split("\n## ")[0]
+    )
+    assert len(named) > 15
+    classes = {"run": launcher.Run, "step": launcher.Step, "launcher": launcher}
+    missing = [f"{owner}.{name}" for owner, name in named if not hasattr(classes[owner], name) and name != "index"]
+    assert not missing
 
 
 def test_the_table_of_options_is_complete() -> None:
