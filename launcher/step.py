@@ -37,6 +37,7 @@ class Step:
         self._last = self._synced = False
         self._passes = 0
         self._split_count = 0.0
+        self._told: bool | None = None  # whether the losses of this pass bring their counts
         self._late: float | None = None  # counts that came with the losses of this pass, on this rank
         self._late_total: float | None = None  # and on all ranks
         self._kept: list[dict[str, Fetched]] = []
@@ -88,9 +89,7 @@ class Step:
 
         Shapes: `batch` [n, ...] gives pieces of [<= microbatch_size, ...].
         """
-        length = len(
-            next(iter(batch.values())) if isinstance(batch, dict) else batch[0] if isinstance(batch, tuple) else batch
-        )
+        length = _length(batch)
         if not length:
             raise RecipeError("step.split() got an empty batch: every rank needs at least one sample")
         world = self._loop.world
@@ -119,7 +118,10 @@ class Step:
         Raises:
             RecipeError: no scalar, half precision, or outside of the step's micro-batches.
         """
-        current = self._check(loss)
+        current = self._current
+        if current is None:
+            raise RecipeError("step.backward() outside of the loop over the step's micro-batches")
+        _check_loss(loss)
         scale = self._scale(current.slot.padding, count, of)
         if self._passes == 1 and not current.slot.padding and of in (None, self._loop.first):
             detached = loss.detach()
@@ -170,6 +172,9 @@ class Step:
         if of is not None and of not in self._loop.feeds:
             raise RecipeError(f"step.backward(of={of!r}): the loaders are {', '.join(map(repr, self._loop.feeds))}")
         total = self._count_of(of)
+        if self._told not in (None, count is not None):
+            raise RecipeError("step.backward() with a count and without one in the same step: give it always or never")
+        self._told = count is not None
         if count is not None:
             count = 0.0 if padding else float(count)
             self._late = (self._late or 0.0) + count
@@ -178,19 +183,8 @@ class Step:
             total = self._prescale()
         return 0.0 if padding or total == 0 else self._loop.world.world_size / total
 
-    def _check(self, loss: torch.Tensor) -> Fetched:
-        if self._current is None:
-            raise RecipeError("step.backward() outside of the loop over the step's micro-batches")
-        if loss.dim():
-            raise RecipeError(f"step.backward() needs one number, not shape {tuple(loss.shape)}: use reduction='sum'")
-        if loss.dtype not in (torch.float32, torch.float64):
-            raise RecipeError(f"step.backward() got a sum in {loss.dtype}, which loses counts: sum the loss in fp32")
-        if not loss.requires_grad:
-            raise RecipeError("step.backward() got a loss without a gradient: detached, or no parameter trains")
-        return self._current
-
     def _begin_pass(self) -> None:
-        self._synced, self._late, self._late_total = False, None, None
+        self._synced, self._told, self._late, self._late_total = False, None, None, None
         for optimizer in self._loop.run.optimizers:
             optimizer.begin(self.factor)
 
@@ -232,6 +226,21 @@ class Step:
     def _seed(self, microbatch: int) -> None:
         run = self._loop.run
         seed_microbatch(run.seed, self.index, microbatch, run.device, iteration=self._passes - 1)
+
+
+def _check_loss(loss: torch.Tensor) -> None:
+    if loss.dim():
+        raise RecipeError(f"step.backward() needs one number, not shape {tuple(loss.shape)}: use reduction='sum'")
+    if loss.dtype not in (torch.float32, torch.float64):
+        raise RecipeError(f"step.backward() got a sum in {loss.dtype}, which loses counts: sum the loss in fp32")
+    if not loss.requires_grad:
+        raise RecipeError("step.backward() got a loss without a gradient: detached, or no parameter trains")
+
+
+def _length(batch: Any) -> int:
+    return len(
+        next(iter(batch.values())) if isinstance(batch, dict) else batch[0] if isinstance(batch, tuple) else batch
+    )
 
 
 def _slice(batch: Any, start: int, stop: int) -> Any:
