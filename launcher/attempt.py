@@ -9,6 +9,7 @@ import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -126,7 +127,7 @@ class Attempt:
             print(f"launcher:{where} {error}", file=sys.stderr, flush=True)
         elif self.world.world_size > 1:
             print(f"launcher:{where} the recipe failed", file=sys.stderr)
-            traceback.print_exception(error, file=sys.stderr)
+            traceback.print_exception(type(error), error, _recipes_part(error.__traceback__), file=sys.stderr)
 
     def abandon(self) -> None:
         """A second Ctrl-C: leave without a save."""
@@ -175,6 +176,13 @@ class Attempt:
         if self.rundir is not None and (self.world.is_main or everyone):
             step = {} if self.run is None else {"global_step": self.run.completed}
             self.rundir.update(status=status, **step)
+
+
+def _recipes_part(frames: TracebackType | None) -> TracebackType | None:
+    """A traceback from the recipe's first frame on."""
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return frames
 
 
 def _open_run(
