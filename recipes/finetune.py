@@ -3,7 +3,7 @@
 $ python recipes/finetune.py                     # a tiny model with random weights, on Python's own documentation
 $ python recipes/finetune.py --model.path Qwen/Qwen2.5-0.5B --data.files chats.jsonl --lora.rank 8 --run.precision bf16
 $ launcher run --gpus 8 recipes/finetune.py --model.path ./llama --data.name tatsu-lab/alpaca \
-    --data.prompt instruction --data.completion output --model.freeze-embeddings --model.freeze-layers 8 --run.shard full
+    --data.prompt instruction --data.completion output --model.freeze-layers 8 --run.shard full
 """
 
 from __future__ import annotations
