@@ -46,6 +46,7 @@ class Loader(Generic[B]):
         self.count, self.unit, self.workers, self.shuffle = count, unit, workers, shuffle
         self.stream: Stream | None = None
         self.order: Order | None = None
+        self._repeated: DataLoader[Any] | None = None
         if is_stream(data):
             self.stream = Stream(data, microbatch_size, collate or default_collate)
         else:
@@ -64,18 +65,29 @@ class Loader(Generic[B]):
             return self.stream.batches(slots, world, cursor, workers=self.workers)
         if not self.workers:
             return ((slot, self._fetch[slot], None) for slot in slots)
+        if isinstance(slots, list):  # an evaluation's, alike every time: its workers stay for the next
+            if self._repeated is None:
+                self._repeated = self._pool(slots, world, persistent=True)
+            return ((slot, batch, None) for slot, batch in zip(slots, self._repeated, strict=True))
         listed, fetched = _tee(slots)
-        loader: DataLoader[Any] = DataLoader(
+        return ((slot, batch, None) for slot, batch in zip(listed, self._pool(fetched, world), strict=False))
+
+    def close(self) -> None:
+        """Let the workers go that stayed."""
+        self._repeated = None
+
+    def _pool(self, slots: Iterable[Slot], world: World, *, persistent: bool = False) -> DataLoader[Any]:
+        return DataLoader(
             self._fetch,
             batch_size=None,
-            sampler=fetched,  # slots, where a plain sampler yields sample indices
+            sampler=slots,  # where a plain sampler yields the numbers of samples
             num_workers=self.workers,
             collate_fn=_as_is,
             pin_memory=world.device.type == "cuda",
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else making the iterator draws from the global one
+            persistent_workers=persistent,
         )
-        return ((slot, batch, None) for slot, batch in zip(listed, loader, strict=False))
 
 
 class Fetch(Dataset[Any]):

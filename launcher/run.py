@@ -368,6 +368,8 @@ class Run:
         """Stop the workers, the metrics and the trackers."""
         if self._loop is not None:
             self._loop.close()
+        for loader in self.loaders:
+            loader.close()
         if self.config.tracker:
             self._accelerator.end_training()
         if self._metrics is not None:

@@ -90,6 +90,19 @@ def test_an_arrow_transform_is_seeded():
     assert all(torch.equal(x["x"], y["x"]) for x, y in zip(a, b, strict=True))
 
 
+def test_an_evaluation_reads_alike_every_time():
+    made = loader(Noisy(), workers=2)
+    slots = Plan(7, 2, end=7).share(0, 0, 1)
+    passes = [[batch[1].tolist() for _, batch, _ in made.batches(slots, World())] for _ in range(3)]
+    assert (
+        passes[0]
+        == passes[1]
+        == passes[2]
+        == [batch[1].tolist() for _, batch, _ in loader(Noisy()).batches(slots, World())]
+    )
+    made.close()
+
+
 def test_counts_are_known_ahead():
     made = loader((X,), count=lambda batch: int(batch[0].sum()))
     feed = Feed(made, Plan(4, 2).shares(0, 0, 1), World())
