@@ -6,7 +6,7 @@ must not wait for a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,7 @@ from launcher.world import World
 __all__ = ["Agreement", "Ballot"]
 
 
-@dataclass(frozen=True)
-class Ballot:
+class Ballot(NamedTuple):
     """What a rank brings; after the reduction, the sum over ranks. Flags are 0 or 1."""
 
     stop: float = 0

@@ -39,8 +39,7 @@ def average(run: Run, score: Callable[[Any], Mapping[str, tuple[Any, Any]]], dat
         for k in range(len(slots)):
             if k % CHECK_EVERY == 0:
                 run.check_stop()
-            fetched = feed.take()
-            assert fetched is not None
+            fetched = feed.take(0)
             for name, (total, count) in score(fetched.batch).items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if fetched.slot.padding else _double(total))
                 counts[name] = counts.get(name, 0.0) + (0.0 if fetched.slot.padding else _double(count))

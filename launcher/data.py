@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from launcher.errors import UsageError
+from launcher.errors import RecipeError, UsageError
 from launcher.order import Ints, Order, Slot
 from launcher.seeds import COLLATE, SAMPLE, mix, seed_host
 from launcher.signals import ignore_signals
@@ -123,16 +123,20 @@ class Feed:
 
     def __init__(self, loader: Loader[Any], slots: Iterable[Slot], world: World, cursor: Any = None) -> None:
         self._batches = iter(loader.batches(slots, world, cursor))
-        self._count = loader.count
+        self._name, self._count = loader.name, loader.count
         self._device = world.device
         self._ahead: deque[Fetched] = deque()
         self._copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.cursor = cursor
 
-    def take(self) -> Fetched | None:
-        """The next micro-batch, on the device; None when the data has ended."""
+    def take(self, step: int) -> Fetched:
+        """The next micro-batch, on the device.
+
+        Raises:
+            RecipeError: the data has ended inside `step`.
+        """
         if not self._ahead and not self._fetch():
-            return None
+            raise RecipeError(f"loader {self._name!r} ended inside step {step}: its data became shorter")
         fetched = self._ahead.popleft()
         self._copy(fetched)
         if self._copies is not None and (self._ahead or self._fetch()):

@@ -108,15 +108,15 @@ class Loop:
         """Micro-batches that every rank runs in a step."""
         return self._plans[self.first].microbatches(index, self.world.world_size)
 
-    def refetch(self, index: int) -> Iterator[dict[str, Fetched]]:
+    def refetch(self, index: int) -> Iterator[tuple[Fetched, ...]]:
         """A step's micro-batches once more: reading by position has no side effects."""
         rank, world_size = self.world.rank, self.world.world_size
-        feeds = {
-            name: Feed(loader, iter(self._plans[name].share(index, rank, world_size)), self.world)
+        feeds = [
+            Feed(loader, iter(self._plans[name].share(index, rank, world_size)), self.world)
             for name, loader in self._loaders.items()
-        }
+        ]
         for _ in range(self.microbatches(index)):
-            yield {name: fetched for name, feed in feeds.items() if (fetched := feed.take()) is not None}
+            yield tuple(feed.take(index) for feed in feeds)
 
     def sync_gradients(self, last: bool) -> None:
         """Reduce gradients over ranks in the coming backward, or (before the last micro-batch) only add them up."""

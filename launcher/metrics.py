@@ -35,7 +35,7 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(slots=True)
 class Line:
     """What is known of `step` completed steps; the loss is None where the line is of the weights alone."""
 
@@ -76,7 +76,8 @@ class Metrics:
         self._unwritten: set[str] = set()
         self._written: set[str] = set()
         self._newest: tuple[int, dict[str, Any]] = (-1, {})
-        self._waited = 0.0
+        self.waited = 0.0
+        """Seconds that this step has waited for data."""
         self._paused = 0.0
         self._window = Window(time.perf_counter())
 
@@ -102,10 +103,10 @@ class Metrics:
             self.write(step - 1, self.line(step - 1) | _numbers(before))
         elif before:
             self._unwritten.update(before)
-        line = Line(step, loss, local_count, count, samples, self._waited, time.perf_counter() - self._paused)
+        line = Line(step, loss, local_count, count, samples, self.waited, time.perf_counter() - self._paused)
         line.values = self._values.pop(step, {})
-        self._waited = 0.0
-        if loss is not None and loss.device.type == "cuda":
+        self.waited = 0.0
+        if loss is not None and loss.is_cuda:
             line.readback = _start_readback(loss, line.values)
         self._last = line
 
@@ -156,13 +157,6 @@ class Metrics:
     def restore(self, step: int, values: Mapping[str, Any]) -> None:
         """Go on behind `step`, whose line an earlier attempt wrote: what is added to it must not replace it."""
         self._newest = (step, dict(values))
-
-    def waiting(self, fetch: Callable[[], T]) -> T:
-        """Call `fetch` and count its time as waiting for data."""
-        start = time.perf_counter()
-        result = fetch()
-        self._waited += time.perf_counter() - start
-        return result
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ class Optimizer:
         self.stepped = self.skipped = False
         """Whether this step has called `step`, and whether it was skipped: nothing counted, or an fp16 overflow."""
         self.initial_groups = [hyperparameters(group) for group in inner.param_groups]
-        self._models = models
+        self._replicas = [model for model in models if isinstance(model, Replica)]
         self._factor: Callable[[], float | None] = _outside
         self._finished = False
         inner.register_step_post_hook(self._applied)
@@ -65,6 +65,8 @@ class Optimizer:
         """Begin a pass over a step's micro-batches; `factor` is what its gradients must be multiplied with at the end,
         None where there is nothing to apply."""
         self._factor, self._finished = factor, False
+        for replica in self._replicas:
+            replica.synced = False
 
     def finish_gradients(self) -> bool:
         """Unscale and normalise the gradients, once; False where there is nothing to apply."""
@@ -86,10 +88,10 @@ class Optimizer:
         self.skipped = False
 
     def _check_synced(self) -> None:
-        for model in self._models:
-            if isinstance(model, Replica) and not model.synced:
+        for replica in self._replicas:
+            if not replica.synced:
                 raise RecipeError(
-                    f"{type(model.module).__name__} was trained without a forward pass through it: call model(...), "
+                    f"{type(replica.module).__name__} was trained without a forward pass through it: call model(...), "
                     "not one of its methods or parts, or the ranks' gradients differ"
                 )
 

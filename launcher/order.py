@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -83,15 +84,14 @@ class Order:
         return self._samples
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Micro-batch `index` of step `step`: positions `start` up to `stop`.
+class Slot(NamedTuple):
+    """Micro-batch `microbatch` of step `step`: positions `start` up to `stop`.
 
     `padding` marks a repeat that a rank runs with weight zero, because collectives need every rank to run as many.
     """
 
     step: int
-    index: int
+    microbatch: int
     start: int
     stop: int
     padding: bool = False
@@ -143,6 +143,6 @@ class Plan:
 
     def _slot(self, step: int, index: int, total: int, start: int, stop: int) -> Slot:
         if index >= total:
-            return replace(self._slot(step, 0, total, start, stop), padding=True)
+            return self._slot(step, 0, total, start, stop)._replace(padding=True)
         first = start + index * self.microbatch_size
         return Slot(step, index, first, min(first + self.microbatch_size, stop))

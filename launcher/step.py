@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from launcher.data import Fetched
 from launcher.errors import RecipeError
 from launcher.optim import clip_gradients
 from launcher.order import Slot
-from launcher.parallel import Replica
 from launcher.seeds import seed_microbatch
 
 if TYPE_CHECKING:
@@ -24,24 +24,28 @@ __all__ = ["Step"]
 class Step:
     """Step `index` of a run: iterate it for its micro-batches, on the device, gradients reduced on the last one."""
 
+    local_count = 0
+    """The count of the current micro-batch on this rank: 0 for a micro-batch that only pads."""
+    loss_sum: torch.Tensor | None = None
+    """This rank's sum of losses in the first pass; `loss_count` is its count, where it came with them."""
+    loss_count: float | None = None
+
+    _current: Fetched | None = None
+    _last = False
+    _passes = 0
+    _split_count = 0.0
+    _synced = False  # whether this pass had its synchronised backward
+    _told: bool | None = None  # whether the losses of this pass bring their counts
+    _late: float | None = None  # the counts that came with them, on this rank
+    _late_total: float | None = None  # and on all ranks
+
     def __init__(self, loop: Loop, index: int) -> None:
         self.index = index
         """Completed optimizer steps so far; the weights have seen this many updates."""
-        self.local_count = 0
-        """The count of the current micro-batch on this rank: 0 for a micro-batch that only pads."""
-        self.loss_sum: torch.Tensor | None = None
-        """This rank's sum of losses in the first pass; `loss_count` is its count, where it came with them."""
-        self.loss_count: float | None = None
         self._loop = loop
-        self._current: Fetched | None = None
-        self._last = self._synced = False
-        self._passes = 0
-        self._split_count = 0.0
-        self._told: bool | None = None  # whether the losses of this pass bring their counts
-        self._late: float | None = None  # counts that came with the losses of this pass, on this rank
-        self._late_total: float | None = None  # and on all ranks
-        self._kept: list[dict[str, Fetched]] = []
-        self._begin_pass()
+        self._kept: list[tuple[Fetched, ...]] = []
+        for optimizer in loop.run.optimizers:
+            optimizer.begin(self.factor)
         if not loop.feeds:  # generated data: what each rank draws next is its own
             seed_microbatch(loop.run.seed, index, loop.world.rank, loop.world.device)
 
@@ -73,14 +77,18 @@ class Step:
         """
         if not self._loop.feeds:
             raise RecipeError("run.steps() was given no loader: use `for batch in step.split(batch, microbatch_size)`")
-        number = self._loop.microbatches(self.index)
-        entries = self._taken(number) if not self._passes else self._again()
-        for k, entry in enumerate(self._pass(entries)):
-            first = next(iter(entry.values()))
-            self._enter(first, last=k == number - 1)
-            self._seed(first.slot.index)
-            yield first.batch if self._loop.single else {name: fetched.batch for name, fetched in entry.items()}
-            self._leave()
+        loop = self._loop
+        number = loop.microbatches(self.index)
+        again = self._again() if self._passes else None
+        self._begin_pass()
+        for k in range(number):
+            entry = self._take() if again is None else again[k]
+            self._enter(entry[0], last=k == number - 1)
+            if loop.single:
+                yield entry[0].batch
+            else:
+                yield {name: fetched.batch for name, fetched in zip(loop.feeds, entry, strict=True)}
+            self._current = None
 
     def split(self, batch: Any, microbatch_size: int) -> Iterator[Any]:
         """Micro-batches of data that this rank made itself: a tensor, or a tuple or dict of equally long ones.
@@ -96,7 +104,8 @@ class Step:
         lengths = world.gather(length)
         self._split_count = float(sum(lengths))
         number = -(-max(lengths) // microbatch_size)
-        for k in self._pass(iter(range(number))):
+        self._begin_pass()
+        for k in range(number):
             start = k * microbatch_size if k * microbatch_size < length else 0
             stop = min(start + microbatch_size, length)
             slot = Slot(
@@ -104,9 +113,8 @@ class Step:
             )
             piece = _slice(batch, start, stop)
             self._enter(Fetched(slot, piece, None, 0 if slot.padding else stop - start), last=k == number - 1)
-            self._seed(slot.index)
             yield piece
-            self._leave()
+            self._current = None
 
     def backward(self, loss: torch.Tensor, count: float | torch.Tensor | None = None, *, of: str | None = None) -> None:
         """Add the gradient of `loss` to the step's: `loss` is the SUM over this micro-batch, in fp32.
@@ -124,8 +132,7 @@ class Step:
         _check_loss(loss)
         scale = self._scale(current.slot.padding, count, of)
         if self._passes == 1 and not current.slot.padding and of in (None, self._loop.first):
-            detached = loss.detach()
-            self.loss_sum = detached.clone() if self.loss_sum is None else self.loss_sum.add_(detached)
+            self._add_loss(loss)
         if self._last and not self._loop.agreement.pending:
             self._loop.issue(self.index)
         gradient = self._loop.constant(scale, loss)  # cheaper than a multiplication, which autograd would record too
@@ -183,49 +190,45 @@ class Step:
             total = self._prescale()
         return 0.0 if padding or total == 0 else self._loop.world.world_size / total
 
+    def _add_loss(self, loss: torch.Tensor) -> None:
+        loss = loss.detach()
+        if self.loss_sum is not None:
+            self.loss_sum = self.loss_sum + loss
+        else:  # what a CUDA graph returns is overwritten by its next replay
+            self.loss_sum = loss.clone() if loss.is_cuda else loss
+
     def _begin_pass(self) -> None:
+        """Go through the micro-batches; a step may be gone through again (a GAN's second player)."""
+        self._passes += 1
         self._synced, self._told, self._late, self._late_total = False, None, None, None
         for optimizer in self._loop.run.optimizers:
             optimizer.begin(self.factor)
 
-    def _pass(self, entries: Iterator[Any]) -> Iterator[Any]:
-        """Go through the micro-batches once; a step may be gone through again (a GAN's second player)."""
-        self._begin_pass()
-        for model in self._loop.run.models.values():
-            if isinstance(model, Replica):
-                model.synced = False
-        self._passes += 1
-        yield from entries
+    def _take(self) -> tuple[Fetched, ...]:
+        """The next micro-batch of every loader."""
+        loop = self._loop
+        start = time.perf_counter()
+        entry = tuple(feed.take(self.index) for feed in loop.feeds.values())
+        loop.metrics.waited += time.perf_counter() - start
+        if loop.keep_batches:
+            self._kept.append(entry)
+        return entry
 
-    def _taken(self, number: int) -> Iterator[dict[str, Fetched]]:
-        for _ in range(number):
-            entry = {}
-            for name, feed in self._loop.feeds.items():
-                fetched = self._loop.metrics.waiting(feed.take)
-                if fetched is None:
-                    raise RecipeError(f"loader {name!r} ended inside step {self.index}: its length changed")
-                entry[name] = fetched
-            if self._loop.keep_batches:
-                self._kept.append(entry)
-            yield entry
-
-    def _again(self) -> Iterator[dict[str, Fetched]]:
+    def _again(self) -> list[tuple[Fetched, ...]]:
         """The same micro-batches once more: fetched anew the first time, kept at hand in every step after that."""
         if not self._loop.keep_batches:
             self._loop.keep_batches = True
             self._kept = list(self._loop.refetch(self.index))
-        yield from self._kept
+        return self._kept
 
     def _enter(self, fetched: Fetched, *, last: bool) -> None:
+        """Make this the current micro-batch; what is drawn in it depends on its place, not on its rank."""
+        loop = self._loop
         self._current, self.local_count, self._last = fetched, fetched.local_count, last
-        self._loop.sync_gradients(last)
-
-    def _leave(self) -> None:
-        self._current = None
-
-    def _seed(self, microbatch: int) -> None:
-        run = self._loop.run
-        seed_microbatch(run.seed, self.index, microbatch, run.device, iteration=self._passes - 1)
+        loop.sync_gradients(last)
+        seed_microbatch(
+            loop.run.seed, self.index, fetched.slot.microbatch, loop.world.device, iteration=self._passes - 1
+        )
 
 
 def _check_loss(loss: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ def read(data, steps=5, **options):
     made = loader(data, **options)
     plan = Plan(made.batch_size, made.microbatch_size)
     feed = Feed(made, plan.shares(0, 0, 1), World())
-    batches = [feed.take().batch for _ in range(steps * plan.microbatches(0, 1))]
+    batches = [feed.take(0).batch for _ in range(steps * plan.microbatches(0, 1))]
     feed.close()
     return batches
 
@@ -107,12 +107,12 @@ def test_counts_are_known_ahead():
     made = loader((X,), count=lambda batch: int(batch[0].sum()))
     feed = Feed(made, Plan(4, 2).shares(0, 0, 1), World())
     ahead = feed.look_ahead(2)
-    assert ahead == sum(int(feed.take().batch[0].sum()) for _ in range(2))
+    assert ahead == sum(int(feed.take(0).batch[0].sum()) for _ in range(2))
 
 
 def test_padding_is_not_counted():
     feed = Feed(loader((X,)), Plan(2, 2).shares(0, rank=1, world_size=2), World())
-    fetched = feed.take()
+    fetched = feed.take(0)
     assert fetched.slot.padding
     assert fetched.local_count == 0
 

@@ -69,8 +69,8 @@ def test_ranks_share_every_position_once(batch, micro, world, epochs, size):
     for step in range(plan.steps()):
         shares = [plan.share(step, rank, world) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1, "every rank runs as many forward passes"
-        slots = sorted((slot for share in shares for slot in share if not slot.padding), key=lambda slot: slot.index)
-        assert [slot.index for slot in slots] == list(range(len(slots)))
+        slots = sorted((slot for share in shares for slot in share if not slot.padding), key=lambda slot: slot.microbatch)
+        assert [slot.microbatch for slot in slots] == list(range(len(slots)))
         seen += [position for slot in slots for position in range(slot.start, slot.stop)]
     assert seen == list(range(epochs * size))
     assert plan.size(plan.steps()) == 0
@@ -81,7 +81,7 @@ def test_the_world_does_not_change_micro_batches():
 
     def micro_batches(world):
         slots = [slot for rank in range(world) for slot in plan.share(5, rank, world)]
-        return sorted((slot.index, slot.start, slot.stop) for slot in slots if not slot.padding)
+        return sorted((slot.microbatch, slot.start, slot.stop) for slot in slots if not slot.padding)
 
     assert micro_batches(1) == micro_batches(2) == micro_batches(4) == micro_batches(5)
 
