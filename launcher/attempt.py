@@ -17,6 +17,7 @@ import torch
 from launcher.config import RunConfig, check_resume, parse, resolve, to_dict
 from launcher.errors import LauncherError, RecipeError
 from launcher.rundir import RunDir
+from launcher.seeds import seed_microbatch
 from launcher.signals import Signals, Stopped
 from launcher.world import World, connect, disconnect
 
@@ -91,6 +92,7 @@ class Attempt:
         """Run the recipe to its end, and save what it has learnt."""
         assert self.run is not None
         self.run.check_stop()
+        seed_microbatch(self.run.seed, -1, 0, self.run.device)  # what a recipe draws before its steps
         self._train()
         self.run.returned()
         self._status("finished")

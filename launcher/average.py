@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from launcher.data import Feed, Loader
 from launcher.errors import RecipeError
 from launcher.order import Plan
 from launcher.parallel import broadcast_buffers, reshard
+from launcher.seeds import seed_microbatch
 
 if TYPE_CHECKING:
     from launcher.run import Run
@@ -40,11 +42,13 @@ def average(run: Run, score: Callable[[Any], Mapping[str, tuple[Any, Any]]], dat
             if k % CHECK_EVERY == 0:
                 run.check_stop()
             fetched = feed.take(0)
+            seed_microbatch(run.seed, -2, fetched.slot.start, run.device)
             for name, (total, count) in score(fetched.batch).items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if fetched.slot.padding else _double(total))
                 counts[name] = counts.get(name, 0.0) + (0.0 if fetched.slot.padding else _double(count))
-    totals = world.sum(*(float(sums[name]) for name in sorted(sums)), *(float(counts[name]) for name in sorted(counts)))
-    return {name: totals[k] / totals[len(sums) + k] for k, name in enumerate(sorted(sums))}
+    names = sorted({name for seen in world.gather(sorted(sums)) for name in seen})  # a rank may not have seen them all
+    totals = world.sum(*(float(part.get(name, 0.0)) for part in (sums, counts) for name in names))
+    return {name: totals[k] / (totals[len(names) + k] or math.nan) for k, name in enumerate(names)}
 
 
 def _double(value: float | torch.Tensor) -> float | torch.Tensor:

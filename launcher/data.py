@@ -53,6 +53,11 @@ class Loader(Generic[B]):
             self.order = Order(_length(data), seed, shuffle=shuffle)
             self._fetch = Fetch(data, self.order, seed, collate)
 
+    @property
+    def size(self) -> int | None:
+        """Samples in one epoch, None of a stream."""
+        return None if self.order is None else self.order.size
+
     def __len__(self) -> int:
         """Samples in one epoch; a stream has no length."""
         if self.order is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from launcher.parallel import plain_name
+from launcher.parallel import plain_name, reshard
 from launcher.sharded import local
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class EMA:
     def __init__(self, run: Run, model: nn.Module, decay: float = 0.999, name: str = "ema") -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"an EMA's decay lies in [0, 1), not {decay}")
-        self._decay = decay
+        self._decay, self._model = decay, model
         self._parameters = {plain_name(key): p for key, p in model.named_parameters() if p.requires_grad}
         self._average = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
         run.track(self, name)
@@ -58,6 +58,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        reshard(self._model)
         average, weights = self._pairs()
         kept = [weight.clone() for weight in weights]
         torch._foreach_copy_(weights, average)

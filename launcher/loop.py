@@ -46,6 +46,7 @@ class Loop:
         self.agreement = Agreement(run.world)
         self.feeds: dict[str, Feed] = {}
         self._loaders, self._plans = loaders, plans
+        self._cursors: dict[str, Any] = {}
         self._synced = True
         self._constant: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None
 
@@ -94,13 +95,13 @@ class Loop:
             feed.close()
 
     def cursors(self) -> dict[str, Any]:
-        """Where each stream stands on this rank."""
-        return {name: feed.cursor for name, feed in self.feeds.items() if self._loaders[name].stream is not None}
+        """Where each stream stood on this rank at the last edge."""
+        return self._cursors
 
-    def positions(self, step: int) -> dict[str, dict[str, int]]:
-        """The samples seen before `step`, of every loader."""
+    def positions(self, step: int) -> dict[str, dict[str, int | None]]:
+        """The samples seen before `step` of every loader, and those of an epoch."""
         return {
-            name: {"samples_seen": plan.start(step), "batch_size": plan.batch_size}
+            name: {"samples_seen": plan.start(step), "size": self._loaders[name].size}
             for name, plan in self._plans.items()
         }
 
@@ -137,6 +138,10 @@ class Loop:
         for name, loader in self._loaders.items():
             slots = self._plans[name].shares(start, rank, world_size)
             self.feeds[name] = Feed(loader, slots, self.world, self.run.cursor(name))
+        self._cursors = self._feed_cursors()
+
+    def _feed_cursors(self) -> dict[str, Any]:
+        return {name: feed.cursor for name, feed in self.feeds.items() if self._loaders[name].stream is not None}
 
     def _begin(self, index: int, ballot: Ballot) -> Step:
         counted = iter(ballot.counts)
@@ -147,6 +152,10 @@ class Loop:
 
     def _end(self, index: int) -> None:
         step = self._step
+        for _ in range(self.microbatches(index) - step.taken if self.feeds else 0):
+            for feed in self.feeds.values():
+                feed.take(index)  # a body that left its micro-batches early must not shift the next step's
+        self._cursors = self._feed_cursors()
         if not self.agreement.pending:  # a body without a backward
             self.issue(index)
         self.run.end_step(index)

@@ -21,7 +21,7 @@ from launcher.optim import Optimizer
 from launcher.parallel import Blocks, all_gather, wrap
 from launcher.rundir import RunDir
 from launcher.save import Saver
-from launcher.seeds import WEIGHTS, mix
+from launcher.seeds import WEIGHTS, kept_host_generators, mix, seed_host
 from launcher.signals import Signals, Stopped
 from launcher.state import frozen_digest, parameter_names
 from launcher.step import Step
@@ -127,10 +127,9 @@ class Run:
         """
         name = name or ("model" if not self._builds else f"model_{self._builds}")
         self._before_steps(f"run.build(name={name!r})", name, self.models)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.seed, WEIGHTS, self._builds))
-            with torch.device("cpu"):
-                model = make()
+        with kept_host_generators(), torch.device("cpu"):
+            seed_host(mix(self.seed, WEIGHTS, self._builds))
+            model = make()
         self._builds += 1
         if frozen:
             model.requires_grad_(False).eval()
@@ -228,10 +227,10 @@ class Run:
             )
         loaders = dict(data) if isinstance(data, Mapping) else {} if data is None else {data.name: data}
         plans = self._saver.plans(loaders, total, epochs)
-        if epochs is not None:
-            total = plans[next(iter(plans))].steps()
         self._say_caveats(loaders)
         self.completed = self._saver.restore(plans)
+        if epochs is not None:
+            total = plans[next(iter(plans))].steps()
         if total is not None and self.completed > total:
             raise UsageError(
                 f"the run is at step {self.completed}, past the {total} asked for: ask for more, or a fresh run"
@@ -292,7 +291,7 @@ class Run:
         numbers = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
         if self._metrics is None:
             raise RecipeError("run.log before run.steps: there is no step yet to log for")
-        self._metrics.write(self.completed, numbers)
+        self._metrics.write(self.completed + self.mid_step, numbers)
 
     def print(self, *values: object) -> None:
         """Print on rank 0, without breaking the progress bar."""

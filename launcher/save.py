@@ -232,13 +232,14 @@ def check_batch(batch_size: int, microbatch_size: int, world_size: int, *, strea
         UsageError: fewer micro-batches than ranks; or, of a stream, a number that does not divide evenly.
     """
     number = -(-batch_size // microbatch_size)
-    if number >= world_size and not (stream and number % world_size):
+    uneven = stream and batch_size % (microbatch_size * world_size) > 0
+    if number >= world_size and not uneven:
         return
     smaller = batch_size // world_size
     fixes = [f"batch_size {-(-number // world_size) * world_size * microbatch_size}"]
     if smaller and not (stream and batch_size % world_size):
         fixes.insert(0, f"microbatch_size {smaller}")
-    why = "which cannot be dealt out evenly to" if stream and number > world_size else "too few for"
+    why = "and a stream is dealt out evenly to" if number >= world_size else "too few for"
     raise UsageError(
         f"batch_size {batch_size} in micro-batches of {microbatch_size} makes {number}, {why} {world_size} ranks: "
         f"take {' or '.join(fixes)}"

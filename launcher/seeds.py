@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["COLLATE", "MICROBATCH", "ORDER", "SAMPLE", "WEIGHTS", "mix", "seed_host", "seed_microbatch"]
+__all__ = [
+    "COLLATE",
+    "MICROBATCH",
+    "ORDER",
+    "SAMPLE",
+    "WEIGHTS",
+    "kept_host_generators",
+    "mix",
+    "seed_host",
+    "seed_microbatch",
+]
 
 # What a seed is for; the numbers are part of what a run's results depend on, so they never change.
 WEIGHTS, ORDER, MICROBATCH, SAMPLE, COLLATE = range(1, 6)
@@ -37,6 +49,18 @@ def seed_host(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def kept_host_generators() -> Iterator[None]:
+    """What is drawn in here leaves the host's three generators as they were."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
 
 
 def seed_microbatch(seed: int, step: int, microbatch: int, device: torch.device, *, iteration: int = 0) -> None:

@@ -30,6 +30,9 @@ class Step:
     """This rank's sum of losses in the first pass; `loss_count` is its count, where it came with them."""
     loss_count: float | None = None
 
+    taken = 0
+    """Micro-batches of this step that were taken from the data."""
+
     _current: Fetched | None = None
     _last = False
     _passes = 0
@@ -46,8 +49,8 @@ class Step:
         self._kept: list[tuple[Fetched, ...]] = []
         for optimizer in loop.run.optimizers:
             optimizer.begin(self.factor)
-        if not loop.feeds:  # generated data: what each rank draws next is its own
-            seed_microbatch(loop.run.seed, index, loop.world.rank, loop.world.device)
+        # what a body draws before its micro-batches; data that it generates is each rank's own
+        seed_microbatch(loop.run.seed, index, -1 if loop.feeds else loop.world.rank, loop.world.device)
 
     @property
     def count(self) -> float:
@@ -58,7 +61,7 @@ class Step:
         """Whether this step's index is a multiple of `steps` (0: never); what it logs is then always written."""
         due = steps > 0 and self.index % steps == 0
         if due:
-            self._loop.metrics.mark(self.index)
+            self._loop.metrics.mark(self.index + bool(self._passes))
         return due
 
     def log(self, **values: float | torch.Tensor) -> None:
@@ -149,7 +152,7 @@ class Step:
         parameters: list[nn.Parameter] = []
         for optimizer in self._loop.run.optimizers:
             mine = [p for p in optimizer.parameters() if chosen is None or id(p) in chosen]
-            if mine:
+            if not optimizer.stepped and any(parameter.grad is not None for parameter in mine):
                 optimizer.finish_gradients()
                 parameters += mine
         return clip_gradients(parameters, max_norm)
@@ -210,6 +213,7 @@ class Step:
         start = time.perf_counter()
         entry = tuple(feed.take(self.index) for feed in loop.feeds.values())
         loop.metrics.waited += time.perf_counter() - start
+        self.taken += 1
         if loop.keep_batches:
             self._kept.append(entry)
         return entry
