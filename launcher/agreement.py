@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from launcher.errors import RecipeError
 from launcher.world import World
 
 __all__ = ["Agreement", "Ballot"]
@@ -28,6 +29,8 @@ class Ballot(NamedTuple):
     loss: float = 0
     """The sum of the finished step's losses, where its metrics line is due, and their count if it came with them."""
     loss_count: float = 0
+    left: float = 0
+    """This rank's recipe has left its loop by itself."""
     counts: tuple[float, ...] = ()
     """What the next step's losses are divided by, for each loader that counts."""
 
@@ -46,7 +49,15 @@ class Agreement:
         """Send this rank's ballot; returns at once."""
         self._ballot, self.pending = ballot, True
         if self._world.group is not None:
-            values = (ballot.stop, ballot.exhausted, ballot.finish, ballot.loss, ballot.loss_count, *ballot.counts)
+            values = (
+                ballot.stop,
+                ballot.exhausted,
+                ballot.finish,
+                ballot.loss,
+                ballot.loss_count,
+                ballot.left,
+                *ballot.counts,
+            )
             self._votes = torch.tensor(values, dtype=torch.float64)  # exact for counts up to 2**53
             self._work = dist.all_reduce(self._votes, group=self._world.group, async_op=True)
 
@@ -57,8 +68,13 @@ class Agreement:
             return self._ballot
         self._work.wait()
         self._work = None
-        stop, exhausted, finish, loss, loss_count, *counts = self._votes.tolist()
-        return Ballot(stop, exhausted, finish, loss, loss_count, tuple(counts))
+        stop, exhausted, finish, loss, loss_count, left, *counts = self._votes.tolist()
+        if 0 < left < self._world.world_size:
+            raise RecipeError(
+                f"{left:.0f} of {self._world.world_size} ranks left the loop over the steps alone: break where all "
+                "ranks do (on run.mean of a value), or call run.finish"
+            )
+        return Ballot(stop, exhausted, finish, loss, loss_count, left, tuple(counts))
 
     def reduce(self, ballot: Ballot) -> Ballot:
         """`issue` and `result` in one, where nothing can hide the wait."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +47,11 @@ def main(train: Callable[[Run, C], None] | Callable[[Run], None]) -> None:
     except Stopped:
         attempt.stop()
         attempt.leave(0)
+    except SystemExit as exit_:
+        if attempt.run is None:  # --help
+            raise
+        attempt.fail(RecipeError(f"the recipe left by itself, with {exit_.code!r}: return from train instead"))
+        attempt.leave(1)
     except Exception as error:
         attempt.fail(error)
         if attempt.world.world_size == 1:
@@ -71,7 +76,7 @@ class Attempt:
     def start(self, train: Callable[..., None]) -> None:
         """Read the options, join the other ranks, open the run directory."""
         config_type = _config_type(train)
-        module = sys.modules.get(train.__module__)
+        module = sys.modules.get(getattr(train, "func", train).__module__)
         recipe = Path(getattr(module, "__file__", None) or sys.argv[0])
         config, options = parse(
             config_type, sys.argv[1:], prog=recipe.name, description=getattr(module, "__doc__", None)
@@ -201,18 +206,27 @@ def _open_run(
 
 def _config_type(train: Callable[..., None]) -> type | None:
     """The dataclass that `train`'s second parameter is annotated with."""
-    names = list(train.__code__.co_varnames[: train.__code__.co_argcount])
-    if len(names) == 1:
+    parameters = list(inspect.signature(train).parameters.values())
+    if len(parameters) == 1:
         return None
-    # evaluated in the recipe's own namespace, so that `from __future__ import annotations` does not matter
-    hint = train.__annotations__.get(names[1]) if len(names) == 2 else None
-    if isinstance(hint, str):
-        hint = typing.get_type_hints(train, localns={"launcher": sys.modules["launcher"]}).get(names[1])
+    hint = parameters[1].annotation if len(parameters) == 2 else None
+    if isinstance(hint, str):  # from __future__ import annotations: this one hint, in the recipe's own namespace
+        namespace = getattr(inspect.unwrap(getattr(train, "func", train)), "__globals__", {})
+        hint = _named(hint, namespace)
     if not isinstance(hint, type):
         raise RecipeError(
             "launcher.main(train): train takes (run, cfg: Config), with the dataclass of its options, or (run)"
         )
     return hint
+
+
+def _named(name: str, namespace: Mapping[str, Any]) -> Any:
+    """What a dotted name stands for in a module; None where it is none."""
+    first, *rest = name.split(".")
+    found = namespace.get(first)
+    for part in rest:
+        found = getattr(found, part, None)
+    return found
 
 
 def _set_up_torch(options: RunConfig) -> None:

@@ -22,7 +22,7 @@ FREE = {
     *("run.workers", "run.threads", "run.shard", "run.sync", "run.activation_checkpointing"),
 }
 MAY_GROW = ("steps", "epochs")
-ALLOWED_WORDS = ("world",)
+ALLOWED_WORDS = ("world", "data")
 ABSENT = object()
 
 

@@ -270,6 +270,8 @@ def _move(batch: Any, device: torch.device) -> Any:
     """`batch` with its tensors on `device`; page-locked first, so that the copy does not wait."""
     if isinstance(batch, torch.Tensor):
         return batch.pin_memory().to(device, non_blocking=True) if batch.device.type == "cpu" else batch
+    if hasattr(batch, "to"):  # a BatchEncoding, a graph: it knows its tensors
+        return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _move(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

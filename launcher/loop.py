@@ -47,7 +47,9 @@ class Loop:
         self.feeds: dict[str, Feed] = {}
         self._loaders, self._plans = loaders, plans
         self._cursors: dict[str, Any] = {}
+        self._step: Step | None = None
         self._synced = True
+        self._left = self._ended = False
         self._constant: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None
 
     def steps(self) -> Iterator[Step]:
@@ -71,10 +73,16 @@ class Loop:
             yield self._begin(index, ballot)
             self._end(index)
             index += 1
+        self._ended = True
         self.close()
 
     def broken_off(self) -> None:
-        """The recipe has left its loop by itself: a body that had stepped its optimizer was a whole step."""
+        """The recipe's `train` has returned, perhaps out of a body: one that had stepped its optimizer is whole.
+
+        Raises:
+            RecipeError: on some ranks alone.
+        """
+        self._left = not self._ended
         if self.run.mid_step:
             self._end(self.run.completed)
         self.flush()
@@ -93,6 +101,11 @@ class Loop:
         """Let the data workers go."""
         for feed in self.feeds.values():
             feed.close()
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a body has taken micro-batches and not ended: its data is spent, its update not made."""
+        return self._step is not None and self._step.taken > 0
 
     def cursors(self) -> dict[str, Any]:
         """Where each stream stood on this rank at the last edge."""
@@ -151,7 +164,8 @@ class Loop:
         return self._step
 
     def _end(self, index: int) -> None:
-        step = self._step
+        step, self._step = self._step, None
+        assert step is not None
         for _ in range(self.microbatches(index) - step.taken if self.feeds else 0):
             for feed in self.feeds.values():
                 feed.take(index)  # a body that left its micro-batches early must not shift the next step's
@@ -177,4 +191,4 @@ class Loop:
                 counts.append(count or 0)
         loss, loss_count = self.metrics.loss()
         stop = self.run.signals.stop is not None
-        return Ballot(stop, exhausted, self.run.finish_reason is not None, loss, loss_count, tuple(counts))
+        return Ballot(stop, exhausted, self.run.finish_reason is not None, loss, loss_count, self._left, tuple(counts))

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 import torch
 
 from launcher.agreement import Ballot
+from launcher.errors import RecipeError
 from launcher.world import World
 
-__all__ = ["Metrics", "peak_flops"]
+__all__ = ["Bar", "Metrics", "checked", "peak_flops"]
 
 T = TypeVar("T")
 Value = float | torch.Tensor
@@ -46,6 +47,7 @@ class Line:
     samples: int
     waited: float
     ended: float
+    due: bool = False
     values: dict[str, Value] = field(default_factory=dict)
     readback: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
@@ -83,7 +85,7 @@ class Metrics:
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
         """Values for the line of `step` completed steps."""
-        detached = {key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        detached = checked(values)
         line = self._last
         if line is not None and line.step == step:
             line.values.update(detached)
@@ -113,7 +115,9 @@ class Metrics:
     def loss(self) -> tuple[float, float]:
         """What this rank tells of the newest line: its loss sum and, where counts came with the losses, their sum."""
         line = self._sent = self._last
-        if line is None or line.loss is None or not self._due(line.step):
+        if line is not None:
+            line.due = self._due(line.step)
+        if line is None or line.loss is None or not line.due:
             return 0.0, 0.0
         if line.readback is not None:
             line.readback[1].synchronize()  # of a step whose kernels are behind those already queued
@@ -128,7 +132,7 @@ class Metrics:
         if line is self._last:
             self._last = None
         self._window.add(line)
-        if not self._due(line.step):
+        if not line.due:
             self._unwritten.update(line.values)
             return
         self._marked.discard(line.step)
@@ -139,6 +143,7 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write a line now."""
+        values = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
         self._written.update(values)
         self._newest = (step, self.line(step) | dict(values))
         if self._file is None:
@@ -298,6 +303,24 @@ def _numbers(
         else:
             numbers[key] = value
     return numbers
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Value]:
+    """Logged values as they are now: a parameter that is logged goes on changing.
+
+    Raises:
+        RecipeError: one is not one number.
+    """
+    return {key: _one_number(key, value) for key, value in values.items()}
+
+
+def _one_number(key: str, value: Any) -> Value:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.detach().clone()
+    try:
+        return value if isinstance(value, int | float) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise RecipeError(f"{key!r} is logged as {type(value).__name__}: a metric is one number") from None
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ from launcher.errors import RecipeError
 from launcher.parallel import Replica
 from launcher.sharded import is_sharded, local, whole
 
-__all__ = ["Optimizer", "clip_gradients"]
+__all__ = ["Optimizer", "clip_gradients", "update_scaler"]
 
 
 class Optimizer:
@@ -71,7 +71,8 @@ class Optimizer:
     def finish_gradients(self) -> bool:
         """Unscale and normalise the gradients, once; False where there is nothing to apply."""
         factor = self._factor()
-        if factor is None:
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        if factor is None or not gradients:
             return False
         if not self._finished:
             self._check_synced()
@@ -79,7 +80,6 @@ class Optimizer:
                 self.scaler.unscale_(self.inner)
                 self._agree_on_overflow(self.scaler)
             if factor != 1.0:
-                gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
                 torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
             self._finished = True
         return True
@@ -100,6 +100,17 @@ class Optimizer:
         if any(is_sharded(parameter) for parameter in self.parameters()):
             for found in scaler._per_optimizer_states[id(self.inner)]["found_inf_per_device"].values():
                 dist.all_reduce(local(found), op=dist.ReduceOp.MAX)
+
+
+def update_scaler(scaler: torch.amp.GradScaler) -> None:
+    """Move the scale, at a step's end, by what the gradients were found to be; none may have been looked at.
+
+    The scaler's own `update` wants every optimizer unscaled and stepped; a step may have skipped one after clipping.
+    """
+    states = scaler._per_optimizer_states
+    if any(state["found_inf_per_device"] for state in states.values()):
+        scaler.update()
+    states.clear()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:

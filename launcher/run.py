@@ -16,8 +16,8 @@ from launcher.config import RunConfig
 from launcher.data import Loader
 from launcher.errors import CheckpointError, RecipeError, UsageError
 from launcher.loop import Loop
-from launcher.metrics import Bar, Metrics
-from launcher.optim import Optimizer
+from launcher.metrics import Bar, Metrics, checked
+from launcher.optim import Optimizer, update_scaler
 from launcher.parallel import Blocks, all_gather, wrap
 from launcher.rundir import RunDir
 from launcher.save import Saver
@@ -144,6 +144,8 @@ class Run:
     def optimizer(self, inner: torch.optim.Optimizer) -> Optimizer:
         """The optimizer, stepped on whole gradients only, and saved with the run."""
         self._before_steps("run.optimizer", "", {})
+        if isinstance(inner, torch.optim.LBFGS):
+            raise RecipeError("LBFGS evaluates the loss several times a step, which run.optimizer does not offer")
         ids = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
         unknown = ids - set(parameter_names(self.models))
         if unknown:
@@ -228,7 +230,7 @@ class Run:
         loaders = dict(data) if isinstance(data, Mapping) else {} if data is None else {data.name: data}
         plans = self._saver.plans(loaders, total, epochs)
         self._say_caveats(loaders)
-        self.completed = self._saver.restore(plans)
+        self.completed = self._saver.restore(plans, loaders)
         if epochs is not None:
             total = plans[next(iter(plans))].steps()
         if total is not None and self.completed > total:
@@ -288,10 +290,9 @@ class Run:
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Write a metrics line of the weights as they are, now; rank 0's values."""
-        numbers = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
         if self._metrics is None:
             raise RecipeError("run.log before run.steps: there is no step yet to log for")
-        self._metrics.write(self.completed + self.mid_step, numbers)
+        self._metrics.write(self.completed + self.mid_step, checked(values))
 
     def print(self, *values: object) -> None:
         """Print on rank 0, without breaking the progress bar."""
@@ -302,7 +303,7 @@ class Run:
             print(text, flush=True)
 
     def finish(self, reason: str) -> None:
-        """End the steps at the next edge, on all ranks; the recipe goes on behind its loop."""
+        """End the steps on all ranks: after this step if said before its last backward, else one later."""
         self.finish_reason = reason
 
     def returned(self) -> None:
@@ -342,7 +343,7 @@ class Run:
     def check_stop(self) -> None:
         """Where the state is whole, let all ranks agree whether to stop here; raises `Stopped` if they do."""
         [stop] = self.world.sum(float(self.signals.stop is not None))
-        if stop and not self.mid_step:
+        if stop and not (self._loop is not None and self._loop.in_step):
             raise Stopped
 
     @property
@@ -357,8 +358,8 @@ class Run:
                 self.print(
                     f"step {index + 1}: update skipped: {'fp16 overflow' if self.scaler else 'nothing was counted'}"
                 )
-        if self.scaler is not None and self.mid_step:
-            self.scaler.update()
+        if self.scaler is not None:
+            update_scaler(self.scaler)
         for optimizer in self.optimizers:
             optimizer.stepped = optimizer.skipped = False
         self.completed = index + 1

@@ -75,14 +75,14 @@ class Saver:
     def initialise(self, name: str, model: nn.Module) -> None:
         """Start a model (on the CPU, not yet wrapped) from the weights of `--run.init-from`."""
         source = self._run.config.init_from
-        if source is None:
-            return
+        if source is None or self._store.newest() is not None:
+            return  # a run that has checkpoints goes on from them
         state = checkpoint.State()
         add_module(state, name, model)
         path = _checkpoint_path(source, "--run.init-from")
         checkpoint.load(path, World(), state, only=f"{name}/")
 
-    def restore(self, plans: dict[str, Plan]) -> int:
+    def restore(self, plans: dict[str, Plan], loaders: Mapping[str, Loader[Any]]) -> int:
         """Take over the checkpoint that `--run.resume` names, if any; returns the completed steps.
 
         `plans` are moved to go on behind the samples it has seen.
@@ -92,7 +92,8 @@ class Saver:
             return 0
         run = self._run
         index = _agreed(run.world, lambda: checkpoint.read_index(path))
-        _agreed(run.world, lambda: self._check(index, path))
+        sizes = {name: loader.size for name, loader in loaders.items()}
+        _agreed(run.world, lambda: self._check(index, path, sizes))
         state = self._state()
         names = parameter_names(run.models)
         for key, optimizer in zip(_optimizer_names(run), run.optimizers, strict=True):
@@ -105,7 +106,7 @@ class Saver:
             then()
         if index.world_size == run.world_size:
             self._restore_rank(index)
-        if run.scaler is not None:
+        if run.scaler is not None and "scaler" in index.values:
             run.scaler.load_state_dict(index.values["scaler"])
         for name, plan in plans.items():
             seen = index.values["loaders"][name]["samples_seen"]
@@ -169,11 +170,30 @@ class Saver:
         run.print(f"launcher: the run goes on from its own {newest.name}: --run.resume {choice} was where it began")
         return newest
 
-    def _check(self, index: checkpoint.Index, path: Path) -> None:
+    def _check_data(self, index: checkpoint.Index, sizes: Mapping[str, int | None]) -> None:
+        """Positions mean other samples in data of another length."""
+        saved = index.values["loaders"]
+        if saved.keys() != sizes.keys():
+            raise UsageError(
+                f"the run has read from {', '.join(saved)}, not {', '.join(sizes)}: give run.steps the same loaders, "
+                "made in the same order"
+            )
+        for name, size in sizes.items():
+            if size != saved[name]["size"] and "data" not in self._run.config.allow:
+                raise UsageError(
+                    f"the data of {name!r} had {saved[name]['size']} samples and has {size}: give the same, or accept "
+                    "another order with --run.allow data"
+                )
+
+    def _check(self, index: checkpoint.Index, path: Path, sizes: Mapping[str, int | None]) -> None:
         run = self._run
         saved = index.facts.get("config")
         if isinstance(saved, dict):
             check_resume(saved, self._settings, run.config.allow)
+        self._check_data(index, sizes)
+        gone = [key.removeprefix("track/") for key in index.values if key.startswith("track/")]
+        if gone := sorted(set(gone) - set(run.tracked)):
+            raise CheckpointError(f"{path} has {gone[0]!r}, which is no longer given to run.track")
         if index.values.get("frozen", {}) != run.frozen:
             raise CheckpointError(
                 f"{path}: the frozen parameters are not those it was trained with: give the same base weights"
@@ -198,8 +218,10 @@ class Saver:
             kind, _, name = key.partition("/")
             if kind == "stream":
                 self.cursors[name] = value
-            else:
+            elif name in self._run.tracked:
                 self._run.tracked[name][0].load_state_dict(value)
+            else:
+                raise CheckpointError(f"the checkpoint has {name!r}, which is no longer given to run.track")
 
     def _state(self) -> checkpoint.State:
         state = checkpoint.State()

@@ -27,7 +27,8 @@ __all__ = [
     "restore_tracked",
 ]
 
-TENSOR = "$tensor"  # stands in a tracked object's JSON for the tensor of that name
+# Stand in a tracked object's JSON for what JSON has not: a tensor, by its name; a tuple; keys that are no text.
+TENSOR, TUPLE, ITEMS = "$tensor", "$tuple", "$items"
 
 
 def add_module(state: State, name: str, model: nn.Module) -> None:
@@ -144,8 +145,8 @@ def _room(index: Index, entry: str, parameter: nn.Parameter, group: Mapping[str,
     spec = index.tensors[entry]
     if tuple(spec.shape) == tuple(parameter.shape) and parameter.dim():
         return torch.zeros_like(parameter.detach(), dtype=index.dtype(entry))
-    device = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-    return _empty(index, entry).to(device)
+    on_host = not spec.shape and not group.get("fused") and not group.get("capturable")
+    return _empty(index, entry).to(torch.device("cpu") if on_host else parameter.device)
 
 
 def _empty(index: Index, entry: str) -> torch.Tensor:
@@ -169,24 +170,32 @@ def _jsonable(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """`value` as JSON, its tensors moved to `tensors` under their paths."""
+    """`value` as JSON that `_unflatten` makes equal again, its tensors moved to `tensors` under their paths."""
     if isinstance(value, torch.Tensor):
         tensors[path] = value.detach()
         return {TENSOR: path}
     if isinstance(value, Mapping):
-        return {str(key): _flatten(inner, f"{path}/{key}", tensors) for key, inner in value.items()}
+        inner = [(key, _flatten(item, f"{path}/{key}", tensors)) for key, item in value.items()]
+        if all(isinstance(key, str) for key, _ in inner) and not {TENSOR, TUPLE, ITEMS} & set(value):
+            return dict(inner)
+        return {ITEMS: [[_flatten(key, path, tensors), item] for key, item in inner]}
     if isinstance(value, list | tuple):
-        return [_flatten(inner, f"{path}/{k}", tensors) for k, inner in enumerate(value)]
+        items = [_flatten(item, f"{path}/{k}", tensors) for k, item in enumerate(value)]
+        return {TUPLE: items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise RecipeError(f"run.track: {path} is a {type(value).__name__}; a state_dict holds tensors, numbers and text")
 
 
 def _unflatten(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {TENSOR}:
-            return tensors[value[TENSOR]]
-        return {key: _unflatten(inner, tensors) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_unflatten(inner, tensors) for inner in value]
-    return value
+        return [_unflatten(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {TENSOR}:
+        return tensors[value[TENSOR]]
+    if set(value) == {TUPLE}:
+        return tuple(_unflatten(item, tensors) for item in value[TUPLE])
+    if set(value) == {ITEMS}:
+        return {_unflatten(key, tensors): _unflatten(item, tensors) for key, item in value[ITEMS]}
+    return {key: _unflatten(item, tensors) for key, item in value.items()}
