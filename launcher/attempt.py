@@ -8,6 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from launcher.config import RunConfig, check_resume, parse, resolve, to_dict
-from launcher.errors import LauncherError, RecipeError
+from launcher.errors import LauncherError, RecipeError, UsageError
 from launcher.rundir import RunDir
 from launcher.seeds import seed_microbatch
 from launcher.signals import Signals, Stopped
@@ -82,6 +83,7 @@ class Attempt:
             config_type, sys.argv[1:], prog=recipe.name, description=getattr(module, "__doc__", None)
         )
         options = resolve(options, os.environ)
+        _check_trackers(options)
         self.signals = Signals(self.abandon)
         _set_up_torch(options)
         self.world, accelerator = connect(options, os.environ)
@@ -183,6 +185,13 @@ class Attempt:
         if self.rundir is not None and (self.world.is_main or everyone):
             step = {} if self.run is None else {"global_step": self.run.completed}
             self.rundir.update(status=status, **step)
+
+
+def _check_trackers(options: RunConfig) -> None:
+    modules = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+    for name in options.tracker:
+        if not any(find_spec(module) for module in modules[name]):
+            raise UsageError(f"--run.tracker {name}: it is not installed: pip install {name}")
 
 
 def _recipes_part(frames: TracebackType | None) -> TracebackType | None:

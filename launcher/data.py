@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from typing_extensions import TypeVar
 
 from launcher.errors import RecipeError, UsageError
 from launcher.order import Ints, Order, Slot
@@ -22,7 +23,7 @@ from launcher.world import World
 
 __all__ = ["Feed", "Fetched", "Loader"]
 
-B = TypeVar("B")
+B = TypeVar("B", default=Any)
 
 
 class Loader(Generic[B]):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from typing_extensions import TypeVar
 
-from launcher.average import average
+from launcher.average import average, evaluating
 from launcher.config import RunConfig
 from launcher.data import Loader
 from launcher.errors import CheckpointError, RecipeError, UsageError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Run"]
 
 M = TypeVar("M", bound=nn.Module)
-B = TypeVar("B")
+B = TypeVar("B", default=Any)
 
 
 class Run:
@@ -265,6 +266,12 @@ class Run:
         with self._metrics.pause() if self._metrics is not None else nullcontext():
             return average(self, score, data)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, rank 0's buffers on every rank; restored afterwards. For sampling, say."""
+        with evaluating(self):
+            yield
+
     def mean(self, value: torch.Tensor | float) -> torch.Tensor:
         """The mean of a value over ranks, without gradient, on the device."""
         total = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach().clone()
@@ -274,6 +281,8 @@ class Run:
 
     def all_gather(self, value: torch.Tensor) -> torch.Tensor:
         """Every rank's rows in rank order, with gradients (Accelerate's gather has none); sizes may differ.
+
+        A micro-batch that only pads (`step.local_count` is 0) brings its rows too: give no rows then (`value[:0]`).
 
         Shapes: [n_rank, ...] on each rank gives [sum of n_rank, ...].
         """

@@ -57,6 +57,17 @@ class Step:
         """What this step's losses are divided by: samples, or what the loader counts, over all ranks."""
         return self._count_of(None)
 
+    @property
+    def total(self) -> int:
+        """The steps of the whole run, for a schedule; with `epochs=` those that end the data.
+
+        Raises:
+            RecipeError: nobody knows, because a stream's end decides.
+        """
+        if self._loop.total is None:
+            raise RecipeError("step.total: run.steps was given no total=, and a stream's end is not known")
+        return self._loop.total
+
     def every(self, steps: int) -> bool:
         """Whether this step's index is a multiple of `steps` (0: never); what it logs is then always written."""
         due = steps > 0 and self.index % steps == 0

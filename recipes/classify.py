@@ -172,12 +172,11 @@ def train(run: launcher.Run, cfg: Config) -> None:
     optimizer = run.optimizer(
         torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     )
-    total = -(-cfg.epochs * len(images) // cfg.batch_size)
 
     for step in run.steps(images, epochs=cfg.epochs):
         if step.every(cfg.eval_every):
             step.log(**evaluate(run, model, held_out))
-        launcher.set_lr(optimizer, cfg.lr * launcher.warmup_cosine(step.index, total, cfg.warmup))
+        launcher.set_lr(optimizer, cfg.lr * launcher.warmup_cosine(step.index, step.total, cfg.warmup))
         for image, label in step:
             step.backward(F.cross_entropy(model(image), label, reduction="sum"))
         step.log(grad_norm=step.clip(1.0))

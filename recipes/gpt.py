@@ -329,20 +329,18 @@ def train(run: launcher.Run, cfg: Config) -> None:
     run.print(sample(run, model, tokenizer, cfg))
 
 
-@torch.no_grad()
 def sample(run: launcher.Run, model: GPT, tokenizer: Tokenizer, cfg: Config) -> str:
     """A text that begins with the prompt. All ranks compute the same one: a sharded model's passes are collective."""
     generator = torch.Generator().manual_seed(run.seed)
     tokens = tokenizer.encode(cfg.prompt or cfg.data.end_of_text).ids
     window = torch.zeros(1, cfg.data.seq_len, dtype=torch.long, device=run.device)  # one shape: compiled once
-    model.eval()
-    for _ in range(cfg.sample_tokens):
-        recent = torch.tensor(tokens[-cfg.data.seq_len :])
-        window[0, : len(recent)] = recent
-        logits = model(window)[0, len(recent) - 1, : tokenizer.get_vocab_size()]
-        chances = torch.softmax(logits.float().cpu() / cfg.temperature, dim=-1)
-        tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
-    model.train()
+    with run.evaluating():
+        for _ in range(cfg.sample_tokens):
+            recent = torch.tensor(tokens[-cfg.data.seq_len :])
+            window[0, : len(recent)] = recent
+            logits = model(window)[0, len(recent) - 1, : tokenizer.get_vocab_size()]
+            chances = torch.softmax(logits.float().cpu() / cfg.temperature, dim=-1)
+            tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
     return str(tokenizer.decode(tokens))
 
 
