@@ -212,10 +212,8 @@ def test_an_evaluation_behind_the_update_is_on_its_line(run_recipe, tmp_path):
         for step in run.steps(loader, total=cfg.steps):
             learn(model, optimizer, step)
             if step.every(2):
-                step.log(
-                    val=step.index
-                    + run.average(lambda batch: {"half": (len(batch[0]), 2 * len(batch[0]))}, loader)["half"]
-                )
+                half = run.average(lambda batch: {"half": (len(batch[0]), 2 * len(batch[0]))}, loader)["half"]
+                step.log(val=step.index + half)
 
     run_recipe(train, "--steps", 6, "--run.log-every", 1000)
     run_recipe(train, "--steps", 6, "--run.log-every", 1, "--run.dir", tmp_path / "every")
