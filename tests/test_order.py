@@ -69,7 +69,9 @@ def test_ranks_share_every_position_once(batch, micro, world, epochs, size):
     for step in range(plan.steps()):
         shares = [plan.share(step, rank, world) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1, "every rank runs as many forward passes"
-        slots = sorted((slot for share in shares for slot in share if not slot.padding), key=lambda slot: slot.microbatch)
+        slots = sorted(
+            (slot for share in shares for slot in share if not slot.padding), key=lambda slot: slot.microbatch
+        )
         assert [slot.microbatch for slot in slots] == list(range(len(slots)))
         seen += [position for slot in slots for position in range(slot.start, slot.stop)]
     assert seen == list(range(epochs * size))
