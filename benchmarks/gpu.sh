@@ -35,7 +35,7 @@ fi
 "$PYTHON" benchmarks/gpu.py "${dry_run[@]}"  # what is missing is said here, in one line
 
 status=0
-timeout "$tests" "$PYTHON" -m pytest tests/gpu -m gpu -p no:cacheprovider --basetemp "$scratch/tests" 2>&1 |
+timeout "$tests" "$PYTHON" -m pytest tests/gpu -m gpu -W default -p no:cacheprovider --basetemp "$scratch/tests" 2>&1 |
     tee "$out/tests.txt" || status=$?
 "$PYTHON" benchmarks/gpu.py --out "$out" --seconds $((limit - SECONDS)) "${dry_run[@]}" || status=$?
 echo "${SECONDS} s, exit code $status"
