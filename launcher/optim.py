@@ -60,6 +60,9 @@ class Optimizer:
             self.inner.step()
         elif whole and self.scaler is not None:
             self.scaler.step(self.inner)
+            # a fused optimizer is called all the same, and skips in its kernel
+            found = self.scaler._per_optimizer_states[id(self.inner)]["found_inf_per_device"]
+            self.skipped = any(flag.item() for flag in found.values())
 
     def begin(self, factor: Callable[[], float | None]) -> None:
         """Begin a pass over a step's micro-batches; `factor` is what its gradients must be multiplied with at the end,
