@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -26,7 +26,6 @@ from launcher.world import World
 
 __all__ = ["Bar", "Metrics", "checked", "peak_flops"]
 
-T = TypeVar("T")
 Value = float | torch.Tensor
 
 # Dense bf16 (and fp16) tensor-core peaks in FLOP/s, from NVIDIA's datasheets.
@@ -232,7 +231,7 @@ class Window:
 class Bar:
     """Progress for a person: a bar where stderr is a terminal, else a line each time."""
 
-    def __init__(self, total: int | None, start: int, shown: tuple[str, ...] = ("loss",)) -> None:
+    def __init__(self, total: int | None, start: int) -> None:
         self._total = total
         self._bar: Any = None
         if sys.stderr.isatty():
