@@ -3,7 +3,8 @@
     LauncherError         exit 1
     |- UsageError         exit 2: a wrong option, file or combination; nothing has been touched
     |- RecipeError        the recipe breaks a contract: a loss that is no sum, a step without a backward
-    |- CheckpointError    a checkpoint that is broken, foreign, or cannot be written
+    |- CheckpointError    a checkpoint that is foreign, or cannot be written
+    |  `- DamagedError    its bytes are not those that were written; an older one may be whole
     `- WorldError         the processes, devices or precision asked for are not the ones there are
 
 `launcher.main` prints the line and exits with the code; anything else that escapes a recipe is shown
@@ -12,7 +13,7 @@ with its traceback, because then the traceback is the recipe's own.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "LauncherError", "RecipeError", "UsageError", "WorldError"]
+__all__ = ["CheckpointError", "DamagedError", "LauncherError", "RecipeError", "UsageError", "WorldError"]
 
 
 class LauncherError(Exception):
@@ -33,6 +34,10 @@ class RecipeError(LauncherError):
 
 class CheckpointError(LauncherError):
     """A checkpoint is broken, belongs to something else, or cannot be written."""
+
+
+class DamagedError(CheckpointError):
+    """The bytes of a checkpoint are not those that were written, or cannot be read: an older one may be whole."""
 
 
 class WorldError(LauncherError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +44,12 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that speaks and writes."""
         return self.rank == 0
+
+    def another(self) -> World:
+        """The same ranks with a host group of their own, for a thread; called by all of them."""
+        if self.group is None:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` (picklable between our own processes), in rank order, on every rank."""

@@ -5,17 +5,20 @@
 and a line feed. The digest is xxh3_128 of the body's bytes exactly as they stand in the file. The body is a JSON
 object (no NaN, no infinity) with these members:
 
-    format        1; a reader refuses a newer one
+    format        2; a reader refuses any other
     plan          1; the rule by which the ranks shared out the writing (`launcher.checkpoint.layout.Plan`)
     step, attempt, world_size
     tensors       name -> {dtype, shape, and where they apply mesh, placements, rank0}: see `TensorSpec`
     aliases       tied name -> the name in `tensors` that holds its data
-    files         [{name, size, digests}]: bytes; base64 of the joined digests of its blocks (see `files`)
-    parts         for each rank [file, offset]: its part is at that byte of that file, laid out as the plan says
+    files         [{name, size, header}]; the header is a segment
+    parts         for each rank {file, offset, size, digests}: a segment of a file, laid out as the plan says
     values        name -> JSON, the same on every rank
     rank_values   for each rank name -> JSON
     exceptions    names of what is no pure function of (config, step)
     facts         name -> JSON: loss, time, versions; never needed to go on
+
+A segment is {offset, size, digests}: bytes, and base64 of the joined digests of its blocks (see `files`). The parts of
+a file follow its header and one another in rank order, and fill it.
 
 No shard is listed: a reader derives from `tensors` and the plan which bytes of which part hold what. So the index
 grows with the tensors, the ranks and the blocks, not with their product. It is written last, and read with distrust.
@@ -36,16 +39,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import xxhash
 
-from launcher.checkpoint.files import BLOCK, DIGEST, FileEntry, open_file
+from launcher.checkpoint.files import ALIGNMENT, DIGEST, FileEntry, Segment, digest_count, open_file
 from launcher.checkpoint.layout import PLAN, Plan, TensorSpec
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, DamagedError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["FORMAT", "INDEX", "Index", "Json", "check_json", "decode", "encode", "read_index"]
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 
 Json: TypeAlias = Any
@@ -69,7 +72,8 @@ class Index:
     tensors: Mapping[str, TensorSpec]
     aliases: Mapping[str, str]
     files: Sequence[FileEntry]
-    parts: Sequence[tuple[int, int]]
+    parts: Sequence[tuple[int, Segment]]
+    """For each rank its file and where in it."""
     values: Mapping[str, Json]
     rank_values: Sequence[Mapping[str, Json]]
     exceptions: Sequence[str]
@@ -79,6 +83,11 @@ class Index:
     def plan(self) -> Plan:
         """Who wrote what."""
         return Plan(self.tensors, self.world_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self.files)
 
     def holder(self, name: str) -> str:
         """The name under which a tensor's data is: its own, or what it is tied to."""
@@ -95,22 +104,28 @@ def read_index(path: Path) -> Index:
     """The index of the checkpoint in directory `path`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, newer than this code, or not what an index can be.
+        DamagedError: there is none, or it is damaged, or not what an index can be.
+        CheckpointError: it is of another version of the launcher.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no checkpoint: there is no such directory")
+        raise DamagedError(f"{path} is no checkpoint: there is no such directory")
     if not os.path.lexists(path / INDEX):
-        raise CheckpointError(f"{path} is no checkpoint: it has no {INDEX}, so it was never finished")
+        raise DamagedError(f"{path} is no checkpoint: it has no {INDEX}, so it was never finished")
     fd, size = open_file(path / INDEX)
     with open(fd, "rb") as file:
         if size > _LARGEST:
-            raise CheckpointError(f"{path.name}/{INDEX} has {size} bytes: no index is that large")
-        data = file.read(size)
+            raise DamagedError(f"{path.name}/{INDEX} has {size} bytes: no index is that large")
+        try:
+            data = file.read(size)
+        except OSError as error:
+            raise DamagedError(f"{path.name}/{INDEX} cannot be read: {error.strerror}") from None
     try:
         return decode(data)
+    except OtherVersion as error:
+        raise CheckpointError(f"{path.name}/{INDEX} cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise CheckpointError(f"{path.name}/{INDEX} is broken: {reason}") from None
+        raise DamagedError(f"{path.name}/{INDEX} is broken: {reason}") from None
 
 
 def encode(index: Index) -> bytes:
@@ -124,10 +139,9 @@ def encode(index: Index) -> bytes:
         "tensors": {name: _spec_to_json(spec) for name, spec in index.tensors.items()},
         "aliases": dict(index.aliases),
         "files": [
-            {"name": file.name, "size": file.size, "digests": base64.b64encode(file.digests).decode()}
-            for file in index.files
+            {"name": file.name, "size": file.size, "header": _segment_to_json(file.header)} for file in index.files
         ],
-        "parts": list(index.parts),
+        "parts": [{"file": file, **_segment_to_json(part)} for file, part in index.parts],
         "values": dict(index.values),
         "rank_values": list(index.rank_values),
         "exceptions": list(index.exceptions),
@@ -142,7 +156,8 @@ def decode(data: bytes) -> Index:
     """What `encode` made.
 
     Raises:
-        ValueError: it did not make these bytes, or not in this version; RecursionError for absurd nesting.
+        ValueError: it did not make these bytes; RecursionError for absurd nesting.
+        OtherVersion: a ValueError too: another version of it did.
     """
     start = len(_HEAD) + 2 * DIGEST
     digest, middle = data[len(_HEAD) : start], data[start : start + len(_MIDDLE)]
@@ -155,8 +170,12 @@ def decode(data: bytes) -> Index:
     if type(members) is not dict:
         raise ValueError("it is no JSON object")
     for name, known in (("format", FORMAT), ("plan", PLAN)):
-        if (version := _integer(members, name, 1)) > known:
-            raise ValueError(f"its {name} is {version}, newer than this launcher's {known}: update the launcher")
+        if (version := _integer(members, name, 1)) != known:
+            newer = version > known
+            fix = "update the launcher" if newer else "use the launcher that wrote it"
+            raise OtherVersion(
+                f"its {name} is {version}, {'newer' if newer else 'older'} than this one's {known}: {fix}"
+            )
     return _index_from_json(members)
 
 
@@ -205,10 +224,14 @@ def _index_from_json(members: dict[str, Json]) -> Index:
     files = [_file_from_json(file) for file in _items(members, "files", dict)]
     if len({file.name for file in files}) != len(files):
         raise ValueError("two of its files have one name")
-    parts = [_part_from_json(part, files) for part in _items(members, "parts", list)]
+    parts = [_part_from_json(part, files) for part in _items(members, "parts", dict)]
+    _check_extents(files, parts)
     rank_values = _items(members, "rank_values", dict)
     if not len(parts) == len(rank_values) == world_size:
         raise ValueError(f"it is of {world_size} ranks and has {len(parts)} parts and {len(rank_values)} rank_values")
+    excess = sum(part.size for _, part in parts) - sum(spec.nbytes for spec in tensors.values())
+    if not 0 <= excess < ALIGNMENT * world_size:
+        raise ValueError(f"its parts hold {excess} bytes more than its tensors take")
     return Index(
         step=_integer(members, "step", 0),
         attempt=_integer(members, "attempt", 0),
@@ -240,19 +263,43 @@ def _file_from_json(file: dict[str, Json]) -> FileEntry:
     name, size = _typed(file, "name", str), _integer(file, "size", 0)
     if not _FILE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no file name of a checkpoint")
-    digests = base64.b64decode(_typed(file, "digests", str), validate=True)
-    if len(digests) != DIGEST * -(-size // BLOCK):
-        raise ValueError(f"{name} of {size} bytes does not have {len(digests) // DIGEST} blocks")
-    return FileEntry(name, size, digests)
+    return FileEntry(name, size, _segment_from_json(name, _typed(file, "header", dict)))
 
 
-def _part_from_json(part: list[Json], files: list[FileEntry]) -> tuple[int, int]:
-    if [type(number) for number in part] != [int, int]:
-        raise ValueError(f"{part} is no part")
-    file, offset = part
-    if not (0 <= file < len(files) and 0 <= offset <= files[file].size):
-        raise ValueError(f"there is no part at {part}")
-    return file, offset
+def _part_from_json(part: dict[str, Json], files: list[FileEntry]) -> tuple[int, Segment]:
+    file = _integer(part, "file", 0)
+    if file >= len(files):
+        raise ValueError(f"it has a part in file {file} of {len(files)}")
+    return file, _segment_from_json(files[file].name, part)
+
+
+def _segment_to_json(segment: Segment) -> dict[str, Json]:
+    return {
+        "offset": segment.offset,
+        "size": segment.size,
+        "digests": base64.b64encode(segment.digests).decode(),
+    }
+
+
+def _segment_from_json(where: str, segment: dict[str, Json]) -> Segment:
+    offset, size = _integer(segment, "offset", 0), _integer(segment, "size", 0)
+    digests = base64.b64decode(_typed(segment, "digests", str), validate=True)
+    if len(digests) != digest_count(size):
+        raise ValueError(f"{size} bytes of {where} do not have {len(digests) // DIGEST} blocks")
+    return Segment(offset, size, digests)
+
+
+def _check_extents(files: list[FileEntry], parts: list[tuple[int, Segment]]) -> None:
+    """A file is its header and then its parts, in rank order, without a gap or an overlap."""
+    ends = [0] * len(files)
+    headers = [(number, file.header) for number, file in enumerate(files)]
+    for number, segment in [*headers, *parts]:
+        if segment.offset != ends[number]:
+            raise ValueError(f"a part of {files[number].name} begins at byte {segment.offset}, not {ends[number]}")
+        ends[number] += segment.size
+    for file, end in zip(files, ends, strict=True):
+        if end != file.size:
+            raise ValueError(f"the parts of {file.name} end at byte {end} of {file.size}")
 
 
 def _typed(members: dict[str, Json], name: str, kind: type[T]) -> T:
@@ -274,6 +321,10 @@ def _integer(members: dict[str, Json], name: str, least: int) -> int:
     if not least <= value < 2**63:
         raise ValueError(f"{name} cannot be {value}")
     return value
+
+
+class OtherVersion(ValueError):  # noqa: N818 - it names what was found
+    """An index of another version of this format."""
 
 
 def _no_constant(text: str) -> None:

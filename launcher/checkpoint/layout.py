@@ -237,7 +237,7 @@ def _share_out(specs: Mapping[str, TensorSpec], world_size: int) -> dict[str, tu
         if replicas not in heaps:
             heaps[replicas] = [(buffers * (replicas == world_size and not r), r) for r in range(replicas)]
             heapq.heapify(heaps[replicas])
-        if spec.rank0:
+        if spec.rank0 or not spec.nbytes:
             writers[name] = (0,)
             continue
         size = spec.nbytes // shards

@@ -4,8 +4,8 @@ Each rank derives from the index which bytes of which files it needs, reads thei
 bytes together in a buffer of its own. Only when every rank has all of its bytes are the live tensors changed, by a
 copy that cannot fail: so all ranks load, or none has changed anything.
 
-The buffer costs as much host memory as a rank's tensors. The alternative, to verify in a first pass and to read into
-the live tensors in a second, would read everything twice, and the second read could still fail half way.
+The buffer costs as much host memory as a rank's tensors; saves use it again. The alternative, to verify in a first pass
+and to read into the live tensors in a second, would read everything twice, and the second could still fail half way.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import numpy.typing as npt
 import torch
 
 from launcher.checkpoint.agree import agreed
-from launcher.checkpoint.files import FileReader
+from launcher.checkpoint.buffer import Buffer
+from launcher.checkpoint.files import FileReader, Segment
 from launcher.checkpoint.index import Index, read_index
 from launcher.checkpoint.layout import Box, TensorSpec, Write, local_shape, parts
-from launcher.checkpoint.state import State, bits, describe_all, host_buffer, local_bits
-from launcher.errors import CheckpointError
+from launcher.checkpoint.state import State, bits, describe_all, local_bits
+from launcher.errors import CheckpointError, DamagedError
 from launcher.world import World
 
 __all__ = ["load"]
@@ -34,16 +35,19 @@ __all__ = ["load"]
 _ALIGNMENT = 64  # bytes
 
 
-def load(path: Path, world: World, state: State, *, only: str = "") -> Index:
+def load(path: Path, world: World, state: State, *, only: str = "", buffer: Buffer | None = None) -> Index:
     """Fill the tensors of `state` in place from the checkpoint in directory `path`. Called by all ranks together.
 
     Names, shapes and dtypes must be the checkpoint's, and all of them: nothing is cast, skipped or left as it was.
     With `only` (a prefix: "model/") that holds for the names that begin with it, and no other tensor is touched.
-    What the values mean is the caller's business: they are in the index that is returned.
+    What the values mean is the caller's business: they are in the index that is returned. `buffer` is host memory to
+    read into first, kept for later.
 
     Raises:
-        CheckpointError: on every rank, the same; no tensor has been changed.
+        DamagedError: on every rank, the same: its bytes are not what was written; no tensor has been changed.
+        CheckpointError: likewise: it is of another model, or cannot be read here.
     """
+    room = buffer or Buffer()
     staged: list[tuple[Index, _Stage]] = []
 
     def work() -> None:
@@ -51,7 +55,7 @@ def load(path: Path, world: World, state: State, *, only: str = "") -> Index:
         specs, tied = describe_all(state, world)
         wanted = _match(path.name, index, specs, tied, only)
         _check_room(state, wanted)
-        stage = _Stage(path, index, {name: specs[name] for name in wanted}, world.rank)
+        stage = _Stage(path, index, {name: specs[name] for name in wanted}, world.rank, room)
         _check_files(path, index, world)
         stage.fill(wanted)
         staged.append((index, stage))
@@ -59,7 +63,9 @@ def load(path: Path, world: World, state: State, *, only: str = "") -> Index:
     agreed(world, work)
     index, stage = staged[0]
     for name, staged_bits in stage.tensors():
-        local_bits(state.tensors[name]).copy_(staged_bits)
+        local_bits(state.tensors[name]).copy_(staged_bits, non_blocking=True)
+    room.copied()
+    room.settle()
     return index
 
 
@@ -108,19 +114,20 @@ def _check_room(state: State, names: Iterable[str]) -> None:
 
 
 def _check_files(path: Path, index: Index, world: World) -> None:
-    """Every file is there and has its size; the ranks share the looking."""
+    """Every file is there, has its size and a sound header; the ranks share the looking."""
     for entry in index.files[world.rank :: world.world_size]:
-        with FileReader(path, entry):
-            pass
+        with FileReader(path, entry) as reader:
+            reader.verify(entry.header)
 
 
 @dataclass(frozen=True)
 class _Piece:
     """A box that a file holds and a staged tensor needs."""
 
-    file: int
+    rank: int
+    """Who wrote it."""
     start: int
-    """Byte of the file at which its first element is."""
+    """Byte of that rank's part at which its first element is."""
     stop: int
     """Byte after its last element; what lies between may belong to other boxes."""
     sizes: tuple[int, ...]
@@ -143,7 +150,7 @@ class _Piece:
 class _Stage:
     """A rank's local tensors in one buffer, and what of the checkpoint goes where in it."""
 
-    def __init__(self, path: Path, index: Index, specs: Mapping[str, TensorSpec], rank: int) -> None:
+    def __init__(self, path: Path, index: Index, specs: Mapping[str, TensorSpec], rank: int, buffer: Buffer) -> None:
         self._path, self._index, self._specs, self._rank = path, index, specs, rank
         self._shapes = {name: local_shape(spec, rank) for name, spec in specs.items()}
         self._offsets: dict[str, int] = {}
@@ -151,7 +158,7 @@ class _Stage:
         for name, spec in specs.items():
             self._offsets[name] = size
             size += -(-self._nbytes(name, spec) // _ALIGNMENT) * _ALIGNMENT
-        self._flat = host_buffer(size)
+        self._flat = buffer.room(size)
         self._buffer: npt.NDArray[np.uint8] = self._flat.numpy()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -162,26 +169,28 @@ class _Stage:
             yield name, bits(room, spec.itemsize).view(self._shapes[name])
 
     def fill(self, wanted: Mapping[str, str]) -> None:
-        """Read everything; each block of a file once.
+        """Read everything; each block of a part once.
 
         Raises:
-            CheckpointError: a file is damaged, or shorter than its part.
+            DamagedError: a file is damaged, or shorter than its part.
         """
-        pieces = sorted(self._pieces(wanted), key=lambda piece: (piece.file, piece.start))
-        for file, group in groupby(pieces, key=lambda piece: piece.file):
+        parts = self._index.parts
+        pieces = sorted(self._pieces(wanted), key=lambda piece: (parts[piece.rank][0], piece.rank, piece.start))
+        for file, of_file in groupby(pieces, key=lambda piece: parts[piece.rank][0]):
             with FileReader(self._path, self._index.files[file]) as reader:
-                for joined in _joined(group):
-                    self._read(reader, joined)
+                for rank, of_part in groupby(of_file, key=lambda piece: piece.rank):
+                    for joined in _joined(of_part):
+                        self._read(reader, parts[rank][1], joined)
 
-    def _read(self, reader: FileReader, pieces: list[_Piece]) -> None:
+    def _read(self, reader: FileReader, part: Segment, pieces: list[_Piece]) -> None:
         """Read pieces whose ranges overlap; a single one goes straight to its place if it is all of its range."""
         start, stop = pieces[0].start, max(piece.stop for piece in pieces)
         if len(pieces) == 1 and pieces[0].straight:
             target = pieces[0].target
-            reader.read(start, self._buffer.data[target : target + stop - start])
+            reader.read(part, start, self._buffer.data[target : target + stop - start])
             return
         scratch = np.empty(stop - start, dtype=np.uint8)
-        reader.read(start, scratch.data)
+        reader.read(part, start, scratch.data)
         for piece in pieces:
             source = _view(scratch, piece, piece.start - start, piece.source_strides)
             _view(self._buffer, piece, piece.target, piece.target_strides)[...] = source
@@ -197,15 +206,15 @@ class _Stage:
 
     def _piece(self, name: str, rank: int, write: Write, box: Box, place: Sequence[int]) -> _Piece:
         """What `rank` wrote of a box that this rank holds at `place` of its local tensor."""
-        file, offset = self._index.parts[rank]
-        entry = self._index.files[file]
-        if offset + write.offset + write.nbytes > entry.size:
-            raise CheckpointError(f"{self._path.name}/{entry.name} is too short for {name}, or its index is wrong")
+        if write.offset + write.nbytes > self._index.parts[rank][1].size:
+            raise DamagedError(
+                f"{self._path.name}: the part of rank {rank} is too short for {name}: its index is wrong"
+            )
         itemsize = self._specs[name].itemsize
         there, here = _strides(write.box.sizes, itemsize), _strides(self._shapes[name], itemsize)
-        start = offset + write.offset + _dot(_minus(box.offsets, write.box.offsets), there)
+        start = write.offset + _dot(_minus(box.offsets, write.box.offsets), there)
         stop = start + _dot([size - 1 for size in box.sizes], there) + itemsize
-        return _Piece(file, start, stop, box.sizes, itemsize, there, self._offsets[name] + _dot(place, here), here)
+        return _Piece(rank, start, stop, box.sizes, itemsize, there, self._offsets[name] + _dot(place, here), here)
 
     def _nbytes(self, name: str, spec: TensorSpec) -> int:
         return math.prod(self._shapes[name]) * spec.itemsize

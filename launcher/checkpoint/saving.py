@@ -1,167 +1,291 @@
-"""Writing a checkpoint, in three steps: `snapshot` the state into one flat buffer a rank, `write` it, `publish` it.
+"""Writing a checkpoint, in two steps: a rank takes a `Snapshot` of its state, and all ranks `write` theirs together.
 
-Only the first needs the state to hold still. Each takes the world whose group carries its exchanges, so that the
-other two can run beside training on a group of their own.
+Only the first needs the state to hold still, and it exchanges nothing; the second may run beside training, over a
+group of its own (`launcher.checkpoint.writer`).
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import xxhash
 
 from launcher.checkpoint.agree import agreed
-from launcher.checkpoint.files import FileEntry, header, write_file
-from launcher.checkpoint.index import INDEX, Index, Json, check_json, encode
+from launcher.checkpoint.buffer import Buffer
+from launcher.checkpoint.files import (
+    FileEntry,
+    FileReader,
+    Segment,
+    create_file,
+    header,
+    part_sizes,
+    write_file,
+    write_part,
+)
+from launcher.checkpoint.index import INDEX, Index, Json, check_json, encode, read_index
 from launcher.checkpoint.layout import Box, Plan, TensorSpec, parts
-from launcher.checkpoint.state import State, bits, describe_all, host_buffer, local_bits
-from launcher.checkpoint.store import Store
-from launcher.errors import CheckpointError
+from launcher.checkpoint.state import State, bits, describe_all, local_bits
+from launcher.checkpoint.store import Store, step_name
+from launcher.errors import CheckpointError, DamagedError
 from launcher.world import World
 
-__all__ = ["Snapshot", "Written", "publish", "save", "snapshot", "write"]
+__all__ = ["Snapshot", "Stager", "node_files", "save", "write"]
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state as it was: this rank's part of the tensors in host memory, everything else in full."""
+    """A rank's state as it was: its part of the tensors in host memory, everything else in full."""
 
     step: int
     attempt: int
     plan: Plan
     aliases: Mapping[str, str]
+    digest: str
+    """Of what all ranks must have alike."""
     values: Mapping[str, Json]
-    rank_values: Sequence[Mapping[str, Json]]
+    rank_values: Mapping[str, Json]
     exceptions: tuple[str, ...]
     facts: Mapping[str, Json]
+    buffer: Buffer
     data: torch.Tensor
-    """Bytes, shape (size of the part,): the part as it stands in the file."""
+    """Bytes, shape (size of the part,): the part as it stands in the file, once `buffer` is settled."""
 
 
-class Written(NamedTuple):
-    """A rank's file, and where its part starts in it."""
+class Stager:
+    """Takes snapshots, one at a time, into a buffer that is used again; what does not change is derived once."""
 
-    file: FileEntry
-    offset: int
+    def __init__(self, world: World) -> None:
+        self.buffer = Buffer(world.device)
+        self._world = world
+        self._plan = Plan({}, world.world_size)
+        self._places: list[tuple[int, int, str, tuple[slice, ...]]] = []
+
+    def take(self, step: int, state: State, *, attempt: int, facts: Mapping[str, Json] | None = None) -> Snapshot:
+        """Copy what this rank will write. On a GPU the copies are queued, in order with whatever changes the state.
+
+        The last snapshot's data is overwritten.
+
+        Raises:
+            CheckpointError: something cannot be saved exactly.
+            MemoryError: there is no room for a copy.
+        """
+        for name, value in (*state.values.items(), *state.rank_values.items(), ("facts", facts or {})):
+            check_json(value, name)
+        specs, aliases = describe_all(state, self._world)
+        if specs != self._plan.specs:
+            self._derive(specs)
+        return Snapshot(
+            step=step,
+            attempt=attempt,
+            plan=self._plan,
+            aliases=aliases,
+            digest=_digest(step, attempt, specs, aliases),
+            values=deepcopy(state.values),
+            rank_values=deepcopy(state.rank_values),
+            exceptions=state.exceptions,
+            facts=deepcopy(dict(facts or {})),
+            buffer=self.buffer,
+            data=self._copy(state),
+        )
+
+    def _derive(self, specs: Mapping[str, TensorSpec]) -> None:
+        self._plan = Plan(specs, self._world.world_size)
+        rank = self._world.rank
+        self._places = [
+            (write.offset, write.nbytes, write.name, _place(specs[write.name], rank, write.box))
+            for write in self._plan[rank]
+            if write.nbytes
+        ]
+
+    def _copy(self, state: State) -> torch.Tensor:
+        """This rank's part, as bytes in the order of the plan."""
+        data = self.buffer.room(self._plan.nbytes(self._world.rank))
+        for offset, nbytes, name, place in self._places:
+            source = local_bits(state.tensors[name])[place]
+            room = bits(data[offset : offset + nbytes], source.element_size()).view(source.shape)
+            room.copy_(source, non_blocking=True)
+        self.buffer.copied()
+        return data
 
 
 def save(
     store: Store, world: World, step: int, state: State, *, attempt: int, facts: Mapping[str, Json] | None = None
 ) -> Path:
-    """Write, publish and prune: on return the checkpoint of `step` is durable. Called by all ranks together.
+    """Write, publish, verify and prune: on return the checkpoint of `step` is durable. Called by all ranks together.
 
     A former checkpoint of the same step is replaced: an allowed change of the config may have led elsewhere.
 
     Raises:
         CheckpointError: on every rank, the same; older checkpoints are untouched, and nothing half is left behind.
     """
-    taken = snapshot(world, step, state, attempt=attempt, facts=facts or {})
-    return publish(store, world, taken, write(store, world, taken))
+    taken = Stager(world)
+    return write(store, world, node_files(world), step, lambda: taken.take(step, state, attempt=attempt, facts=facts))
 
 
-def snapshot(world: World, step: int, state: State, *, attempt: int, facts: Mapping[str, Json]) -> Snapshot:
-    """Copy what this rank will write into one buffer, in the layout of the file.
+def node_files(world: World) -> tuple[int, ...]:
+    """For each rank the file that it writes into: one for the ranks that share a kernel, and so its view of a file.
 
-    Raises:
-        CheckpointError: something cannot be saved exactly, or the ranks hold different states.
+    Ranks of two machines never write into one file, which a network filesystem need not keep coherent.
     """
-    copied: list[tuple[Plan, dict[str, str], dict[str, Json], torch.Tensor]] = []
-
-    def work() -> tuple[str, dict[str, Json]]:
-        for name, value in (*state.values.items(), *state.rank_values.items(), ("facts", facts)):
-            check_json(value, name)
-        specs, aliases = describe_all(state, world)
-        plan = Plan(specs, world.world_size)
-        description = _description(step, attempt, specs, aliases)
-        copied.append((plan, aliases, description, _copy(plan, state, world.rank)))
-        return xxhash.xxh3_128_hexdigest(json.dumps(description).encode()), deepcopy(state.rank_values)
-
-    outcomes = agreed(world, work)
-    plan, aliases, description, data = copied[0]
-    if any(digest != outcomes[0][0] for digest, _ in outcomes):
-        raise CheckpointError(_difference(world.gather(description)))
-    rank_values = [values for _, values in outcomes]
-    values = deepcopy(state.values)
-    return Snapshot(step, attempt, plan, aliases, values, rank_values, state.exceptions, dict(facts), data)
-
-
-def write(store: Store, world: World, taken: Snapshot) -> list[Written]:
-    """Write and fsync the file of every rank, in a directory that is no checkpoint yet; what came of it, by rank.
-
-    Raises:
-        CheckpointError: a rank could not; the directory is gone again.
-    """
-    partial = store.partial(taken.step, taken.attempt)
-    name = f"rank-{world.rank:05d}-of-{world.world_size:05d}.safetensors"
-
-    def work() -> Written:
-        head = header(taken.plan[world.rank], taken.plan.specs)
-        return Written(write_file(partial / name, head, taken.data.numpy().data), len(head))
-
-    with _abandoning(partial, world):
-        agreed(world, lambda: store.begin(taken.step, taken.attempt) if world.is_main else None)
-        return agreed(world, work)
-
-
-def publish(store: Store, world: World, taken: Snapshot, written: list[Written]) -> Path:
-    """Complete the directory with its index, give it its final name, and remove what is then too old.
-
-    Raises:
-        CheckpointError: it could not be; the directory is gone again.
-    """
-    partial = store.partial(taken.step, taken.attempt)
-
-    def work() -> None:
-        index = Index(
-            step=taken.step,
-            attempt=taken.attempt,
-            world_size=world.world_size,
-            tensors=taken.plan.specs,
-            aliases=taken.aliases,
-            files=[rank.file for rank in written],
-            parts=[(rank, offset) for rank, (_, offset) in enumerate(written)],
-            values=taken.values,
-            rank_values=taken.rank_values,
-            exceptions=taken.exceptions,
-            facts=taken.facts,
-        )
-        write_file(partial / INDEX, b"", memoryview(encode(index)))
-        store.publish(partial, taken.attempt)
-        store.prune(taken.attempt, spare=taken.step)
-
-    with _abandoning(partial, world):
-        agreed(world, lambda: work() if world.is_main else None)
-    return store.path(taken.step)
-
-
-@contextmanager
-def _abandoning(partial: Path, world: World) -> Iterator[None]:
-    """Leave nothing half behind when a save fails."""
     try:
-        yield
+        kernel = BOOT_ID.read_text()
+    except OSError:
+        kernel = ""
+    nodes = world.gather((socket.gethostname(), kernel))
+    numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
+    return tuple(numbers[node] for node in nodes)
+
+
+def write(
+    store: Store,
+    world: World,
+    files: Sequence[int],
+    step: int,
+    take: Callable[[], Snapshot],
+    before: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write what every rank has taken as the checkpoint of `step`, publish it, verify it, and prune older ones.
+
+    Args:
+        store: where to.
+        world: the ranks, with a group that nobody else uses meanwhile.
+        files: for each rank the number of its file, as `node_files` gives them.
+        step: what all ranks are about to save.
+        take: this rank's snapshot, or whatever error it ended with.
+        before: what must be durable before the checkpoint is, on rank 0.
+
+    Raises:
+        CheckpointError: on every rank, the same.
+    """
+    save = _Save(store, world, files, step)
+    try:
+        save.agree(take)
+        save.write()
+        path = save.publish(before)
+        save.verify(path)
     except CheckpointError as error:
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)  # what cannot be removed is no checkpoint, and tried again
-        raise CheckpointError(f"{partial.stem} could not be saved: {error}") from None
+        raise type(error)(f"{step_name(step)} could not be saved: {error}") from None
+    finally:
+        save.clean()
+    agreed(world, lambda: store.prune(save.taken.attempt, spare=step) if world.is_main else None)
+    return path
 
 
-def _copy(plan: Plan, state: State, rank: int) -> torch.Tensor:
-    """This rank's part, as bytes in the order of the plan."""
-    data = host_buffer(plan.nbytes(rank))
-    for write in plan[rank]:
-        if write.nbytes:
-            spec = plan.specs[write.name]
-            room = bits(data[write.offset : write.offset + write.nbytes], spec.itemsize).view(write.box.sizes)
-            room.copy_(local_bits(state.tensors[write.name])[_place(spec, rank, write.box)])
-    return data
+class _Save:
+    """One save, on one rank; every method is called by all ranks together."""
+
+    taken: Snapshot
+
+    def __init__(self, store: Store, world: World, files: Sequence[int], step: int) -> None:
+        self._store, self._world, self._step = store, world, step
+        self._files = files
+        self._mates = [rank for rank, file in enumerate(files) if file == files[world.rank]]
+        """The ranks that write into the same file, this one among them."""
+        self._partial: Path | None = None
+        self._entries: list[FileEntry] = []
+        self._parts: list[tuple[int, Segment]] = []
+        self._rank_values: list[Mapping[str, Json]] = []
+
+    def agree(self, take: Callable[[], Snapshot]) -> None:
+        """Find out whether all ranks have taken the same state."""
+
+        def work() -> tuple[str, Mapping[str, Json]]:
+            self.taken = take()
+            return self.taken.digest, self.taken.rank_values
+
+        outcomes = agreed(self._world, work)
+        if any(digest != outcomes[0][0] for digest, _ in outcomes):
+            taken = self.taken
+            described = _description(taken.step, taken.attempt, taken.plan.specs, taken.aliases)
+            raise CheckpointError(_difference(self._world.gather(described)))
+        self._rank_values = [values for _, values in outcomes]
+
+    def write(self) -> None:
+        """Write every rank's part, in a directory that is no checkpoint yet."""
+        store, world, taken = self._store, self._world, self.taken
+        agreed(world, lambda: store.begin(taken.step, taken.attempt) if world.is_main else None)
+        self._partial = partial = store.partial(taken.step, taken.attempt)
+        count = max(self._files) + 1
+        path = partial / f"node-{self._files[world.rank]:05d}-of-{count:05d}.safetensors"
+
+        def create() -> FileEntry | None:
+            if world.rank != self._mates[0]:
+                return None
+            head = header([taken.plan[rank] for rank in self._mates], taken.plan.specs)
+            size = len(head) + sum(part_sizes([taken.plan.nbytes(rank) for rank in self._mates]))
+            return FileEntry(path.name, size, create_file(path, head, size))
+
+        created = agreed(world, create)
+        self._entries = [entry for entry in created if entry is not None]
+        sizes = part_sizes([taken.plan.nbytes(rank) for rank in self._mates])
+        before = sum(sizes[: self._mates.index(world.rank)])
+
+        def fill() -> Segment:
+            taken.buffer.settle()
+            start = self._entries[self._files[world.rank]].header.size + before
+            return write_part(path, start, taken.data.numpy().data, sizes[self._mates.index(world.rank)])
+
+        self._parts = list(zip(self._files, agreed(world, fill), strict=True))
+
+    def publish(self, before: Callable[[], None]) -> Path:
+        """Complete the directory with its index, and give it its final name."""
+        taken, world = self.taken, self._world
+
+        def work() -> None:
+            assert self._partial is not None
+            before()
+            index = Index(
+                step=taken.step,
+                attempt=taken.attempt,
+                world_size=world.world_size,
+                tensors=taken.plan.specs,
+                aliases=taken.aliases,
+                files=self._entries,
+                parts=self._parts,
+                values=taken.values,
+                rank_values=self._rank_values,
+                exceptions=taken.exceptions,
+                facts=taken.facts,
+            )
+            write_file(self._partial / INDEX, encode(index))
+            self._store.publish(self._partial, taken.attempt)
+
+        agreed(world, lambda: work() if world.is_main else None)
+        self._partial = None
+        return self._store.path(taken.step)
+
+    def verify(self, path: Path) -> None:
+        """Read everything back; older checkpoints go only when this one is known to be whole."""
+        file, part = self._parts[self._world.rank]
+
+        def work() -> None:
+            with FileReader(path, self._entries[file]) as reader:
+                reader.verify(part)
+                if self._world.rank == self._mates[0]:
+                    reader.verify(self._entries[file].header)
+            if self._world.is_main:
+                read_index(path)
+
+        try:
+            agreed(self._world, work)
+        except DamagedError as error:
+            aside = agreed(self._world, lambda: self._store.set_aside(path) if self._world.is_main else None)[0]
+            raise CheckpointError(f"what was written cannot be read back ({error}); it is {aside} now") from None
+        agreed(self._world, lambda: self._store.mark_verified(path) if self._world.is_main else None)
+
+    def clean(self) -> None:
+        """Leave nothing half behind; what cannot be removed is no checkpoint, and the next save tries again."""
+        if self._world.is_main and self._partial is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def _place(spec: TensorSpec, rank: int, box: Box) -> tuple[slice, ...]:
@@ -171,6 +295,12 @@ def _place(spec: TensorSpec, rank: int, box: Box) -> tuple[slice, ...]:
             starts = (there + start - first for there, start, first in zip(at, box.offsets, held.offsets, strict=True))
             return tuple(slice(start, start + size) for start, size in zip(starts, box.sizes, strict=True))
     raise AssertionError(f"rank {rank} is to write {box}, which it does not hold")
+
+
+def _digest(step: int, attempt: int, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> str:
+    """Of what all ranks must have alike."""
+    described = _description(step, attempt, specs, aliases)
+    return xxhash.xxh3_128_hexdigest(json.dumps(described).encode())
 
 
 def _description(

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 
 from launcher.checkpoint.index import Json
@@ -18,7 +17,7 @@ from launcher.world import World
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["DTYPES", "State", "bits", "describe", "describe_all", "host_buffer", "local_bits"]
+__all__ = ["DTYPES", "State", "bits", "describe", "describe_all", "local_bits"]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -115,11 +114,6 @@ def local_bits(tensor: torch.Tensor) -> torch.Tensor:
     """The local tensor, viewed as integers of its element size: copies of these keep every bit, NaNs' too."""
     held = local(tensor).detach()
     return held.view(_BITS[held.element_size()])
-
-
-def host_buffer(size: int) -> torch.Tensor:
-    """Bytes in host memory, shape (size,), not initialised; numpy's, so that too many are a MemoryError."""
-    return torch.from_numpy(np.empty(max(size, 1), dtype=np.uint8))[:size]
 
 
 def bits(flat: torch.Tensor, itemsize: int) -> torch.Tensor:

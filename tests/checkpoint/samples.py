@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 
 from launcher.checkpoint import Index, Plan, State, TensorSpec
-from launcher.checkpoint.files import header, write_file
+from launcher.checkpoint.files import FileEntry, create_file, header, part_sizes, write_part
 from launcher.checkpoint.index import INDEX, encode
-from launcher.checkpoint.saving import _copy
+from launcher.checkpoint.saving import Stager
+from launcher.world import World
+
+NODE = 2  # ranks that write into one file
 
 
 def sample(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -68,12 +71,20 @@ def write_checkpoint(
     path.mkdir()
     plan = Plan(specs, world_size)
     files, parts = [], []
-    for rank in range(world_size):
-        state = State({name: held(tensor, specs[name], rank) for name, tensor in tensors.items()})
-        head = header(plan[rank], specs)
-        name = f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-        files.append(write_file(path / name, head, _copy(plan, state, rank).numpy().data))
-        parts.append((rank, len(head)))
+    for first in range(0, world_size, NODE):
+        mates = range(first, min(first + NODE, world_size))
+        number, head = len(files), header([plan[rank] for rank in mates], specs)
+        file = path / f"node-{number:05d}-of-{-(-world_size // NODE):05d}.safetensors"
+        sizes = part_sizes([plan.nbytes(rank) for rank in mates])
+        total = len(head) + sum(sizes)
+        files.append(FileEntry(file.name, total, create_file(file, head, total)))
+        start = len(head)
+        for rank, size in zip(mates, sizes, strict=True):
+            stager = Stager(World(rank=rank, world_size=world_size))
+            state = State({name: held(tensor, specs[name], rank) for name, tensor in tensors.items()})
+            stager._derive(specs)
+            parts.append((number, write_part(file, start, stager._copy(state).numpy().data, size)))
+            start += size
     empty = Index(1, 1, world_size, specs, {}, files, parts, {}, [{}] * world_size, [], {})
     index = replace(empty, **members)
     write_index(path, index)

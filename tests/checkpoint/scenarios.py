@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from launcher.checkpoint import State, Store, describe, load, save, verify
+from launcher.checkpoint import Retention, State, Store, describe, load, read_index, save, verify
 from launcher.checkpoint.layout import Box, local_shape, parts
 from launcher.errors import CheckpointError
 from launcher.world import World
@@ -116,8 +116,9 @@ def save_two_ways(world: World, root: str) -> None:
     save(Store(Path(root, "plain")), world, 3, state_of(plain(), world.rank), attempt=1)
     save(Store(Path(root, "fsdp")), world, 3, state_of(fsdp(), world.rank), attempt=1)
     if world.is_main:  # what DDP replicates is written once, by all ranks together
-        sizes = [file.stat().st_size for file in Path(root, "plain").glob("*/rank-*")]
-        assert len(sizes) == 2
+        [path] = Path(root, "plain").glob("step-*")
+        assert [file.name for file in path.glob("*.safetensors")] == ["node-00000-of-00001.safetensors"]
+        sizes = [part.size for _, part in read_index(path).parts]
         assert max(sizes) - min(sizes) < 1.1 * 2**20, sizes
 
 
@@ -186,14 +187,14 @@ def at(box: Box) -> tuple[slice, ...]:
 
 def faults(world: World, root: str) -> None:
     """On 2 ranks: whatever fails on one, both are told the same, and the older checkpoint is as it was."""
-    store = Store(Path(root), keep=1)
+    store = Store(Path(root), Retention(1))
     tensors = {name: sample(name, (1, 1 << 20)) for name in "ab"}  # one row: 4 MiB of a on rank 0, of b on rank 1
     save(store, world, 1, State(tensors), attempt=1)
 
     with limited_file_size(1 << 20 if world.rank == 1 else None):
-        failed(world, store, State(tensors), "rank 1: ", "rank-00001-of-00002.safetensors: File too large")
+        failed(world, store, State(tensors), "rank 1: ", "node-00000-of-00001.safetensors: File too large")
     with limited_file_size(1 << 20):
-        failed(world, store, State(tensors), "could not be saved: ", "rank-0000", "File too large")
+        failed(world, store, State(tensors), "could not be saved: ", "node-0000", "File too large")
     failed(world, store, State({"a": tensors["a"][:, : 9 - world.rank]}), "rank 1 and", "on rank 0", "a is")
     failed(world, store, State(tensors if world.is_main else {"a": tensors["a"]}), "b is missing on rank 1")
     failed(world, store, State(values={"loss": [1.0, float("nan")][world.rank]}), "rank 1: loss is nan")
@@ -207,17 +208,17 @@ def faults(world: World, root: str) -> None:
     short = {"a": torch.zeros(1, 1 << 20), "b": torch.zeros(1, (1 << 20) - world.rank)}
     unloaded(world, path, State(short), "rank 1: step-00000001: b is 1x1048576 there and 1x1048575 here")
     world.barrier()
-    second = path / "rank-00001-of-00002.safetensors"
+    file, [_, (_, second)] = path / "node-00000-of-00001.safetensors", read_index(path).parts
     if world.is_main:
-        flip(second, 3_000_000)
+        flip(file, second.offset + 3_000_000)
     world.barrier()
     blank = {name: torch.zeros(1, 1 << 20) for name in tensors}
-    unloaded(world, path, State(blank), "rank-00001-of-00002.safetensors is damaged: bytes 0 to")
+    unloaded(world, path, State(blank), f"node-00000-of-00001.safetensors is damaged: bytes {second.offset} to")
     mine = "ab"[world.rank]  # rank 0 does not need the broken file, and must not load either
-    unloaded(world, path, State({mine: torch.zeros(1, 1 << 20)}), "rank 1: step-00000001/rank-00001", only=mine)
+    unloaded(world, path, State({mine: torch.zeros(1, 1 << 20)}), "rank 1: step-00000001/node-00000", only=mine)
     world.barrier()
     if world.is_main:
-        flip(second, 3_000_000)
+        flip(file, second.offset + 3_000_000)
         verify(path)
     world.barrier()
     load(path, world, State(blank))
@@ -241,7 +242,8 @@ def told(world: World, work: Callable[[], object], *messages: str) -> None:
     line = str(caught.value)
     assert all(message in line for message in messages), line
     assert "\n" not in line
-    assert world.gather(line) == [line] * world.world_size
+    reason = line.partition("could not be saved: ")[2] or line  # before it, what each rank was asked to save
+    assert world.gather(reason) == [reason] * world.world_size
 
 
 @contextmanager

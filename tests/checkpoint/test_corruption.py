@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from hypothesis import strategies as st
 from samples import same, sample, write_checkpoint, write_index
 
 from launcher.checkpoint import State, TensorSpec, load, read_index, verify
-from launcher.checkpoint.files import header, write_file
+from launcher.checkpoint.files import FileEntry, create_file, header, write_part
 from launcher.checkpoint.layout import Plan
 from launcher.errors import CheckpointError
 from launcher.world import World
 
 SPECS = {
-    "model/w": TensorSpec((6, 4), "F32", (2,), ("S(0)",)),
+    "model/w": TensorSpec((6, 4), "F32", (4,), ("S(0)",)),
     "model/b": TensorSpec((5,), "BF16"),
     "model/n": TensorSpec((), "I64", rank0=True),
 }
@@ -33,13 +34,13 @@ TENSORS = {
     "model/b": sample("b", (5,), torch.bfloat16),
     "model/n": sample("n", (), torch.int64),
 }
-FILES = ("rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors")
+FILES = ("node-00000-of-00002.safetensors", "node-00001-of-00002.safetensors")  # of two ranks each
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "step-00000040"
-    write_checkpoint(path, TENSORS, SPECS, 2, values={"lr": 0.5}, aliases={"model/tied": "model/w"})
+    write_checkpoint(path, TENSORS, SPECS, 4, values={"lr": 0.5}, aliases={"model/tied": "model/w"})
     return path
 
 
@@ -121,7 +122,7 @@ def test_swapped_files_are_found(path: Path) -> None:
     first.rename(spare)
     second.rename(first)
     spare.rename(second)
-    refused(path, "step-00000040/rank-0000")
+    refused(path, "step-00000040/node-0000")
 
 
 def to_link(file: Path) -> None:
@@ -158,7 +159,8 @@ HUGE = 10**400
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("format", 2, "its format is 2, newer than this launcher's 1: update the launcher"),
+        ("format", 3, "its format is 3, newer than this launcher's 2: update the launcher"),
+        ("format", 1, "its format is 1, older than this launcher's 2: use the one that wrote it"),
         ("plan", 2, "its plan is 2, newer"),
         ("format", "1", "format is no int"),
         ("format", True, "format is no int"),
@@ -167,26 +169,28 @@ HUGE = 10**400
         ("step", 40.0, "step is no int"),
         ("step", None, "step is missing"),
         ("world_size", HUGE, "world_size cannot be"),
-        ("world_size", 3, "model/w is on mesh"),
+        ("world_size", 5, "model/w is on mesh"),
         ("tensors", [], "tensors is no dict"),
         ("tensors.model/w", 3, "model/w: is not described"),
         ("tensors.model/w.shape", [6, -4], "model/w: shape .* is impossible"),
         ("tensors.model/w.shape", [HUGE, 4], "model/w: shape .* is impossible"),
         ("tensors.model/w.shape", [6, 4.0], "model/w: shape has something else"),
-        ("tensors.model/w.shape", [2**40, 2**20], "is 1099511627776x1048576 there and 6x4 here|too short|contradict"),
+        ("tensors.model/w.shape", [2**40, 2**20], "bytes more than its tensors take"),
         ("tensors.model/w.dtype", "F31", "model/w: dtype 'F31' is unknown"),
         ("tensors.model/w.dtype", [], "model/w: dtype is no str"),
         ("tensors.model/w.placements", ["S(7)"], "model/w: placements .* do not fit"),
+        ("tensors.model/w.shape", [2, 12], "is 2x12 there and 6x4 here|bytes, not|contradict"),
         ("tensors.model/w.placements", ["_S(0,999999)"], "model/w: placements .* do not fit"),
         ("tensors.model/w.placements", [], "model/w: placements .* do not fit"),
         ("tensors.model/w.mesh", [2, 2], "model/w: placements .* do not fit"),
         ("tensors.model/w.mesh", [HUGE], "model/w is on mesh"),
         ("tensors.model/n.rank0", 1, "model/n: rank0 is no bool"),
-        ("tensors.model/extra", {"dtype": "F32", "shape": [2]}, "model/extra|contradict"),
+        ("tensors.model/extra", {"dtype": "F32", "shape": [0]}, "model/extra|contradict"),
+        ("tensors.model/extra", {"dtype": "F32", "shape": [2**40]}, "bytes more than its tensors take"),
         ("aliases.model/tied", "model/x", "model/tied cannot be tied to 'model/x'"),
         ("aliases.model/tied", {}, "model/tied cannot be tied"),
         ("aliases.model/w", "model/b", "model/w cannot be tied"),
-        ("files.1.name", "../step-00000040/rank-00001-of-00002.safetensors", "is no file name of a checkpoint"),
+        ("files.1.name", "../step-00000040/node-00001-of-00002.safetensors", "is no file name of a checkpoint"),
         ("files.1.name", "/etc/passwd", "is no file name of a checkpoint"),
         ("files.1.name", "..safetensors", "is no file name of a checkpoint"),
         ("files.1.name", "a\0.safetensors", "is no file name of a checkpoint"),
@@ -194,20 +198,22 @@ HUGE = 10**400
         ("files.1.name", FILES[0], "two of its files have one name"),
         ("files.1.size", HUGE, "size cannot be"),
         ("files.1.size", -1, "size cannot be -1"),
-        ("files.1.size", 2**50, "does not have 1 blocks"),
-        ("files.1.size", 100, "there is no part"),
-        ("files.1.digests", "", "does not have 0 blocks"),
-        ("files.1.digests", "*" * 24, "index.json is broken"),
-        ("files.1.digests", "A" * 22 + "==", "fail their digest"),
-        ("files", [], "there is no part"),
-        ("parts", [[0, 0]], "2 ranks and has 1 parts"),
-        ("parts.1", [1, 2**62], "there is no part at"),
-        ("parts.1", [1, -1], "there is no part at"),
-        ("parts.1", [2, 8], "there is no part at"),
-        ("parts.1", [-1, 8], "there is no part at"),
-        ("parts.1", [1, True], "is no part"),
-        ("parts.1", [1], "is no part"),
-        ("rank_values", [{}], "1 rank_values"),
+        ("files.1.size", 2**50, "end at byte"),
+        ("files.1.size", 100, "end at byte"),
+        ("files.1.header.size", 2**50, "do not have"),
+        ("files.1.header.digests", "", "do not have 0 blocks"),
+        ("files.1.header", None, "header is missing"),
+        ("parts.1.digests", "", "do not have 0 blocks"),
+        ("parts.1.digests", "*" * 24, "index.json is broken"),
+        ("parts.1.digests", "A" * 22 + "==", "fail their digest"),
+        ("files", [], "in file 0 of 0"),
+        ("parts.1.offset", 2**62, "begins at byte"),
+        ("parts.1.offset", -1, "offset cannot be -1"),
+        ("parts.1.file", 2, "in file 2 of 2"),
+        ("parts.1.file", -1, "file cannot be -1"),
+        ("parts.1.file", True, "file is no int"),
+        ("parts.1", [1], "parts has something else"),
+        ("rank_values", [{}], "4 parts and 1 rank_values"),
         ("rank_values", [{}, 3], "rank_values has something else"),
         ("values", 3, "values is no dict"),
         ("exceptions", [3], "exceptions has something else"),
@@ -268,7 +274,7 @@ def places(value: object, place: tuple[object, ...] = ()) -> list[tuple[object, 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shared") / "step-00000040"
-    write_checkpoint(path, TENSORS, SPECS, 2, values={"lr": 0.5}, aliases={"model/tied": "model/w"})
+    write_checkpoint(path, TENSORS, SPECS, 4, values={"lr": 0.5}, aliases={"model/tied": "model/w"})
     return path
 
 
@@ -292,15 +298,23 @@ def test_no_forgery_ends_in_a_traceback(shared: Path, data: st.DataObject) -> No
         (shared / "index.json").write_bytes(right)
 
 
-def test_a_part_beyond_its_file_is_refused(path: Path) -> None:
-    index = members(path)
-    index["parts"][1][1] += 8
-    rewrite(path, index)
-    refused(path, "is too short for model/b|contradict")
+@pytest.mark.parametrize(("rank", "member"), [(0, "size"), (1, "offset"), (2, "size")])
+def test_parts_that_overlap_or_leave_a_gap_are_refused(path: Path, rank: int, member: str) -> None:
+    right = members(path)
+    for change in (8, -8):
+        index = deepcopy(right)
+        index["parts"][rank][member] += change
+        rewrite(path, index)
+        refused(path, "begins at byte|end at byte|do not have")
+
+
+def right_head() -> bytes:
+    plan = Plan(SPECS, 4)
+    return header([plan[0], plan[1]], SPECS)
 
 
 def forged_heads() -> dict[str, bytes]:
-    right = header(Plan(SPECS, 2)[0], SPECS)
+    right = right_head()
     entries = json.loads(right[8:])
 
     def head(change: object) -> bytes:
@@ -308,7 +322,7 @@ def forged_heads() -> dict[str, bytes]:
         return len(text).to_bytes(8, "little") + text
 
     def changed(**members: object) -> bytes:
-        return head(entries | {"model/w[0:3,0:4]": entries["model/w[0:3,0:4]"] | members})
+        return head(entries | {"model/w[0:2,0:4]": entries["model/w[0:2,0:4]"] | members})
 
     return {
         "huge": (2**60).to_bytes(8, "little") + right[8:],
@@ -324,30 +338,42 @@ def forged_heads() -> dict[str, bytes]:
         "NaN": head(json.dumps(entries).replace("F32", "NaN").encode()),
         "dtype": changed(dtype="I32"),
         "extra": head(entries | {"model/x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
-        "missing": head({name: entry for name, entry in entries.items() if name != "model/w[0:3,0:4]"}),
+        "padding": head(entries | {"__padding__[99]": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
+        "missing": head({name: entry for name, entry in entries.items() if name != "model/w[0:2,0:4]"}),
     }
 
 
 @pytest.mark.parametrize("kind", forged_heads())
 def test_a_forged_safetensors_header_is_refused_and_never_followed(path: Path, kind: str) -> None:
-    """With the size and the digests that it then has in the index."""
-    head = forged_heads()[kind]
-    data = (path / FILES[0]).read_bytes()[len(header(Plan(SPECS, 2)[0], SPECS)) :]
-    (path / FILES[0]).unlink()
-    file = write_file(path / FILES[0], head, memoryview(data))
-    index = read_index(path)
-    write_index(path, replace(index, files=[file, index.files[1]], parts=[(0, len(head)), index.parts[1]]))
+    """With the sizes and the digests that it then has in the index."""
+    replace_head(path, forged_heads()[kind])
     with pytest.raises(CheckpointError, match=r"broken safetensors header|contradict each other") as caught:
         verify(path)
     assert "\n" not in str(caught.value)
     read(path)
 
 
-def test_data_that_no_tensor_owns_is_found(path: Path) -> None:
-    whole = (path / FILES[0]).read_bytes()
+def replace_head(path: Path, head: bytes) -> None:
+    """Put another header before the parts of the first file."""
+    data = (path / FILES[0]).read_bytes()[len(right_head()) :]
     (path / FILES[0]).unlink()
-    file = write_file(path / FILES[0], whole, memoryview(b"hidden"))
+    segment = create_file(path / FILES[0], head, len(head))
+    with open(path / FILES[0], "ab") as file:
+        file.write(data)
     index = read_index(path)
-    write_index(path, replace(index, files=[file, index.files[1]]))
-    with pytest.raises(CheckpointError, match="bytes of data, not"):
+    moved = len(head) - len(right_head())
+    parts = [(f, replace(part, offset=part.offset + moved * (f == 0))) for f, part in index.parts]
+    files = [FileEntry(FILES[0], len(head) + len(data), segment), index.files[1]]
+    write_index(path, replace(index, files=files, parts=parts))
+
+
+def test_data_that_no_tensor_owns_is_found(path: Path) -> None:
+    with open(path / FILES[1], "ab") as file:
+        file.write(b"hidden")
+    index = read_index(path)
+    (f, last), name = index.parts[-1], FILES[1]
+    part = write_part(path / name, last.offset, memoryview((path / name).read_bytes()[last.offset :]), last.size + 6)
+    grown = replace(index.files[1], size=index.files[1].size + 6)
+    write_index(path, replace(index, files=[index.files[0], grown], parts=[*index.parts[:-1], (f, part)]))
+    with pytest.raises(CheckpointError, match="contradict each other about '__padding__"):
         verify(path)

@@ -12,7 +12,7 @@ import torch
 from ranks import run_ranks
 from samples import same, sample
 
-from launcher.checkpoint import State, Store, load, save
+from launcher.checkpoint import Retention, State, Store, load, save
 from launcher.errors import CheckpointError
 from launcher.world import World
 
@@ -37,7 +37,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(tiny_disk: Path) -> None:
-    store = Store(tiny_disk / "checkpoints", keep=1)
+    store = Store(tiny_disk / "checkpoints", Retention(1))
     small, large = (State({"w": sample("w", (count,))}) for count in (300_000, 800_000))
     good = save(store, World(), 1, small, attempt=1)
     with pytest.raises(CheckpointError, match=r"step-00000002 could not be saved: .*No space left on device") as caught:
@@ -68,6 +68,6 @@ def test_a_directory_removed_underneath(tmp_path: Path, monkeypatch: pytest.Monk
         return partial
 
     monkeypatch.setattr(Store, "begin", removed)
-    with pytest.raises(CheckpointError, match=r"rank-00000-of-00001\.safetensors: No such file or directory"):
+    with pytest.raises(CheckpointError, match=r"node-00000-of-00001\.safetensors: No such file or directory"):
         save(store, World(), 2, State(), attempt=1)
     assert store.steps() == [1]

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from samples import raw, same, sample
 
-from launcher.checkpoint import State, Store, load, read_index, save, verify
+from launcher.checkpoint import Retention, State, Store, load, read_index, save, verify
 from launcher.checkpoint.files import BLOCK
 from launcher.checkpoint.state import DTYPES
 from launcher.errors import CheckpointError
@@ -59,7 +59,7 @@ def refused(state: State, path: Path, message: str, **options: str) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "checkpoints", keep=3)
+    return Store(tmp_path / "checkpoints", Retention(3))
 
 
 def test_every_dtype_shape_and_stride(store: Store) -> None:
@@ -78,7 +78,7 @@ def test_every_dtype_shape_and_stride(store: Store) -> None:
 def test_other_readers_of_safetensors_read_it(store: Store) -> None:
     tensors = odd_tensors()
     path = save(store, WORLD, 1, State(tensors), attempt=1)
-    with safe_open(path / "rank-00000-of-00001.safetensors", "pt") as file:
+    with safe_open(path / "node-00000-of-00001.safetensors", "pt") as file:
         assert set(file.keys()) == set(tensors)
         for name, tensor in tensors.items():
             assert same(file.get_tensor(name), tensor), name
@@ -100,7 +100,7 @@ def test_an_empty_state(store: Store) -> None:
     path = save(store, WORLD, 0, State(), attempt=1)
     assert load(path, WORLD, State()).step == 0
     verify(path)
-    with safe_open(path / "rank-00000-of-00001.safetensors", "pt") as file:
+    with safe_open(path / "node-00000-of-00001.safetensors", "pt") as file:
         assert list(file.keys()) == []
 
 
@@ -111,7 +111,7 @@ def test_more_than_a_block(store: Store) -> None:
     load(path, WORLD, State(live))
     assert all(same(live[name], tensor) for name, tensor in tensors.items())
     verify(path)
-    with safe_open(path / "rank-00000-of-00001.safetensors", "pt") as file:
+    with safe_open(path / "node-00000-of-00001.safetensors", "pt") as file:
         assert same(file.get_tensor("w3"), tensors["w3"])
 
 

@@ -1,0 +1,52 @@
+"""Host memory that a rank's tensors pass through, on their way to the disk or from it; used again and again."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+__all__ = ["Buffer"]
+
+
+class Buffer:
+    """Memory that is touched once and kept: the first copy into fresh pages takes several times as long as any other.
+
+    For a CUDA device it is page-locked, so that copies run beside the host; `settle` waits for them.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._held = torch.empty(0, dtype=torch.uint8)
+        self._copied: torch.cuda.Event | None = None
+
+    def room(self, size: int) -> torch.Tensor:
+        """Bytes, shape (size,), not initialised; the same memory as before unless that is too small, or far too large.
+
+        Raises:
+            MemoryError: there is not as much.
+        """
+        self.settle()
+        if not size <= len(self._held) <= 2 * size:
+            self._held = torch.empty(0, dtype=torch.uint8)  # let go of it first
+            self._held = self._allocate(size)
+        return self._held[:size]
+
+    def copied(self) -> None:
+        """Mark the copies queued so far on the current stream as those to wait for."""
+        if self._device is not None:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(self._device))
+
+    def settle(self) -> None:
+        """Wait until the copies that were marked, or all that were queued in a load, have arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+
+    def _allocate(self, size: int) -> torch.Tensor:
+        if self._device is None:
+            return torch.from_numpy(np.empty(size, dtype=np.uint8))  # numpy's, so that too much is a MemoryError
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise MemoryError(str(error)) from None

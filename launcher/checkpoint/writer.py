@@ -1,0 +1,156 @@
+"""Saving in the background: training waits for a copy of the state, not for the disk.
+
+One save at a time. A thread writes, over a group of its own: on the training's group two threads of a rank would issue
+collectives in another order than its peers do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.checkpoint.buffer import Buffer
+from launcher.checkpoint.index import Json
+from launcher.checkpoint.saving import Snapshot, Stager, node_files, write
+from launcher.checkpoint.state import State
+from launcher.checkpoint.store import Store, step_name
+from launcher.errors import CheckpointError
+from launcher.world import World
+
+__all__ = ["Outcome", "Writer"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended, the same on all ranks."""
+
+    step: int
+    path: Path | None
+    error: str | None
+    """Why there is no checkpoint, in a line."""
+    blocked: float
+    """Seconds for which this rank's training waited."""
+    seconds: float
+    """Seconds from the start until the checkpoint was durable and verified, and older ones pruned."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    step: int
+    take: Callable[[], Snapshot]
+    before: Callable[[], None]
+    tell: Callable[[Outcome], None]
+    begun: float
+    blocked: float
+    world: World
+
+
+class Writer:
+    """Writes the checkpoints of one attempt at a run; all its methods are called by all ranks together."""
+
+    def __init__(self, store: Store, world: World, *, attempt: int) -> None:
+        self.outcome: Outcome | None = None
+        """Of the save that ended last."""
+        self.broken = False
+        """Whether this rank's thread ended in a way that its peers cannot know of: then call `fall_back` on all."""
+        self._store, self._attempt = store, attempt
+        self._stager, self._files = Stager(world), node_files(world)
+        self._world = world.another()
+        self._inline = False
+        self._job: _Job | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def buffer(self) -> Buffer:
+        """The host memory that snapshots go through; a load may use it while nothing is being written."""
+        return self._stager.buffer
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is writing."""
+        return self._job is not None
+
+    @property
+    def step(self) -> int | None:
+        """What is being written."""
+        return self._job.step if self._job is not None else None
+
+    def start(
+        self,
+        step: int,
+        state: State,
+        *,
+        facts: Mapping[str, Json] | None = None,
+        before: Callable[[], None] = lambda: None,
+        tell: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> None:
+        """Copy the state and return; a thread writes it. No rank may be writing.
+
+        Args:
+            step: the completed steps.
+            state: what to save; free to change on return.
+            facts: what else the index is to say.
+            before: called on rank 0, in the thread, before the checkpoint is published.
+            tell: called on every rank, in the thread, when the save has ended, before `busy` says so.
+        """
+        assert not self.busy
+        begun = time.monotonic()
+        take = _taken(lambda: self._stager.take(step, state, attempt=self._attempt, facts=facts))
+        self._job = job = _Job(step, take, before, tell, begun, time.monotonic() - begun, self._world)
+        if self._inline:
+            self._run(job)
+        else:
+            self._thread = threading.Thread(target=self._run, args=(job,), name="launcher-writer", daemon=True)
+            self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until this rank writes nothing, for `timeout` seconds at most; whether that is so."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return not self.busy
+
+    def fall_back(self, world: World) -> None:
+        """Give up on the thread: a save in progress is lost, and from now on a save is written before `start` returns.
+
+        `world`'s group may be the training's, since the saves now take their turn with it.
+        """
+        self._inline, self._world = True, world
+        self._job = self._thread = None
+        self.broken = False
+        self._stager = Stager(world)  # a thread that hangs still has the old buffer
+
+    def _run(self, job: _Job) -> None:
+        path: Path | None = None
+        error: str | None = None
+        broken = False
+        try:
+            path = write(self._store, job.world, self._files, job.step, job.take, job.before)
+        except CheckpointError as failure:
+            error = str(failure)
+        except BaseException as failure:
+            error = f"{step_name(job.step)} could not be saved: {type(failure).__name__}: {failure}"
+            broken = True  # its peers may be waiting for it
+        if self._job is not job:
+            return
+        outcome = Outcome(job.step, path, error, job.blocked, time.monotonic() - job.begun)
+        try:
+            job.tell(outcome)
+        finally:
+            self.outcome, self.broken, self._job = outcome, broken, None
+
+
+def _taken(take: Callable[[], Snapshot]) -> Callable[[], Snapshot]:
+    """Take it now; the result, or the error, is had by calling what this returns."""
+    try:
+        snapshot = take()
+    except Exception as error:
+        failure = error
+
+        def fail() -> Snapshot:
+            raise failure
+
+        return fail
+    return lambda: snapshot
