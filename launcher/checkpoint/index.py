@@ -171,11 +171,8 @@ def decode(data: bytes) -> Index:
         raise ValueError("it is no JSON object")
     for name, known in (("format", FORMAT), ("plan", PLAN)):
         if (version := _integer(members, name, 1)) != known:
-            newer = version > known
-            fix = "update the launcher" if newer else "use the launcher that wrote it"
-            raise OtherVersion(
-                f"its {name} is {version}, {'newer' if newer else 'older'} than this one's {known}: {fix}"
-            )
+            age, fix = ("newer", "update the launcher") if version > known else ("older", "use the one that wrote it")
+            raise OtherVersion(f"its {name} is {version}, {age} than this launcher's {known}: {fix}")
     return _index_from_json(members)
 
 
