@@ -31,6 +31,10 @@ class Ballot(NamedTuple):
     loss_count: float = 0
     left: float = 0
     """This rank's recipe has left its loop by itself."""
+    writing: float = 0
+    """A checkpoint is being written."""
+    broken: float = 0
+    """The thread that writes them has ended."""
     counts: tuple[float, ...] = ()
     """What the next step's losses are divided by, for each loader that counts."""
 
@@ -56,6 +60,8 @@ class Agreement:
                 ballot.loss,
                 ballot.loss_count,
                 ballot.left,
+                ballot.writing,
+                ballot.broken,
                 *ballot.counts,
             )
             self._votes = torch.tensor(values, dtype=torch.float64)  # exact for counts up to 2**53
@@ -68,13 +74,13 @@ class Agreement:
             return self._ballot
         self._work.wait()
         self._work = None
-        stop, exhausted, finish, loss, loss_count, left, *counts = self._votes.tolist()
+        stop, exhausted, finish, loss, loss_count, left, writing, broken, *counts = self._votes.tolist()
         if 0 < left < self._world.world_size:
             raise RecipeError(
                 f"{left:.0f} of {self._world.world_size} ranks left the loop over the steps alone: break where all "
                 "ranks do (on run.mean of a value), or call run.finish"
             )
-        return Ballot(stop, exhausted, finish, loss, loss_count, left, tuple(counts))
+        return Ballot(stop, exhausted, finish, loss, loss_count, left, writing, broken, tuple(counts))
 
     def reduce(self, ballot: Ballot) -> Ballot:
         """`issue` and `result` in one, where nothing can hide the wait."""

@@ -18,7 +18,7 @@ OF_ONE_START = ("dir", "resume", "allow")
 # A run may go on with other values of these: they change where and how fast it learns, not what.
 FREE = {
     *(f"run.{name}" for name in OF_ONE_START),
-    *("run.name", "run.save_every", "run.keep", "run.log_every", "run.tracker"),
+    *("run.name", "run.save_every", "run.keep", "run.keep_every", "run.keep_best", "run.log_every", "run.tracker"),
     *("run.workers", "run.threads", "run.shard", "run.sync", "run.activation_checkpointing"),
 }
 MAY_GROW = ("steps", "epochs")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from launcher.changes import OF_ONE_START, Change, changes, check_resume
+from launcher.checkpoint.retention import Best
 from launcher.errors import RecipeError, UsageError
 from launcher.launch import read_launch
 from launcher.options import flag, parse_options
@@ -21,7 +22,7 @@ __all__ = ["Change", "RunConfig", "changes", "check_resume", "parse", "resolve",
 C = TypeVar("C")
 
 RESERVED = ("run", "config", "help")
-AT_LEAST = {"save_every": 0, "keep": 1, "log_every": 1, "workers": 0, "threads": 1}
+AT_LEAST = {"save_every": 0, "keep": 1, "keep_every": 0, "log_every": 1, "workers": 0, "threads": 1}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ class RunConfig:
     save_every: int = 0
     """Steps between checkpoints; 0: only at the end, and when stopped."""
     keep: int = 2
-    """Checkpoints kept; older ones go once a newer one is published."""
+    """Checkpoints kept; older ones go once a newer one is published and verified."""
+    keep_every: int = 0
+    """Also keep, for ever, each checkpoint of a step that this divides; 0: none."""
+    keep_best: str | None = None
+    """Also keep the best by a metric that is logged for its step: `val_loss:min`, `accuracy:max`."""
     log_every: int = 10
     """Steps between metrics lines."""
     workers: int = 0
@@ -63,7 +68,9 @@ class RunConfig:
     resume: str = "auto"
     """auto: go on from the run's newest checkpoint; never: refuse a run that has one; or a checkpoint's path."""
     init_from: str | None = None
-    """A checkpoint whose weights (alone) to start from."""
+    """A checkpoint, or a run, whose weights (alone) to start from."""
+    init_only: tuple[str, ...] = ()
+    """Of `init_from`, only the weights whose names match one of these patterns: `blocks.*`; what is left is listed."""
     allow: tuple[str, ...] = ()
     """Changes to accept on resume, by option name (`lr`, `run.precision`), or `world` for batch-coupled models."""
     tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -74,6 +81,10 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{flag('run.' + name)} {value}: at least {least}")
+        if self.keep_best is not None:
+            Best.parse(self.keep_best)
+        if self.init_only and self.init_from is None:
+            raise UsageError("--run.init-only names weights of --run.init-from, which is not given")
 
 
 def parse(

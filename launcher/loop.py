@@ -61,7 +61,7 @@ class Loop:
             ballot = self.agreement.result()
             self.metrics.settle(ballot)
             last = bool(ballot.exhausted or ballot.finish) or (self.total is not None and index >= self.total)
-            save = index > start and self.run.save_due(index) and not last
+            save = index > start and self.run.saver.due(index, ballot) and not last
             if last or save or ballot.stop:
                 self.flush()
             if ballot.stop:
@@ -69,7 +69,7 @@ class Loop:
             if last:
                 break
             if save:
-                self.run.save_or_tell()
+                self.run.save()
             yield self._begin(index, ballot)
             self._end(index)
             index += 1
@@ -190,5 +190,6 @@ class Loop:
             if loader.count is not None:
                 counts.append(count or 0)
         loss, loss_count = self.metrics.loss()
-        stop = self.run.signals.stop is not None
-        return Ballot(stop, exhausted, self.run.finish_reason is not None, loss, loss_count, self._left, tuple(counts))
+        run = self.run
+        stop, finish, writer = run.signals.stop is not None, run.finish_reason is not None, run.saver.writer
+        return Ballot(stop, exhausted, finish, loss, loss_count, self._left, writer.busy, writer.broken, tuple(counts))

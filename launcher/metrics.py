@@ -69,7 +69,7 @@ class Metrics:
     ) -> None:
         self._world, self._attempt, self._log_every, self._total = world, attempt, log_every, total
         self._unit, self._flops, self._bar, self._track = unit, flops, bar, track
-        self._file = open(path, "a", encoding="utf-8") if world.is_main else None  # noqa: SIM115 - lives with the run
+        self._file = Lines(path) if world.is_main else None
         self._last: Line | None = None  # the newest finished step
         self._sent: Line | None = None  # the one whose loss is in the pending agreement
         self._values: dict[int, dict[str, Value]] = {}
@@ -147,8 +147,9 @@ class Metrics:
         self._newest = (step, self.line(step) | dict(values))
         if self._file is None:
             return
-        self._file.write(json.dumps({"attempt": self._attempt, "step": step, **values}) + "\n")
-        self._file.flush()
+        fault = self._file.append(json.dumps({"attempt": self._attempt, "step": step, **values}))
+        if fault is not None:
+            print(f"launcher: metrics are not written, training goes on: {fault}", file=sys.stderr, flush=True)
         if self._bar is not None:
             self._bar.show(step, values)
         if self._track is not None:
@@ -172,9 +173,13 @@ class Metrics:
             self._paused += time.perf_counter() - start
 
     def sync(self) -> None:
-        """Make the lines written so far durable."""
+        """Make the lines written so far durable; from any thread.
+
+        Raises:
+            OSError: they are not.
+        """
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
     def close(self) -> set[str]:
         """Stop writing; returns the names that were logged and never in a line that was due."""
@@ -203,6 +208,38 @@ class Metrics:
         if self._flops is not None and peak is not None:
             rates["mfu"] = self._flops * window.count / seconds / (peak * self._world.world_size)
         return {key: float(f"{value:.6g}") for key, value in rates.items()}
+
+
+class Lines:
+    """A file that grows by whole lines; what a full disk does not take is kept, and written when there is room."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - lives with the run
+        self._unwritten = b""
+        self._told = False
+        if self._file.tell() and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n":
+            self._unwritten = b"\n"  # an earlier start was killed within a line
+
+    def append(self, line: str) -> str | None:
+        """Add a line; what is wrong, the first time that it cannot be written, or None."""
+        self._unwritten += line.encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            told, self._told = self._told, True
+            return None if told else f"{self._path}: {error.strerror}"
+        self._told = False
+        return None
+
+    def sync(self) -> None:
+        """Make what is written durable."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 @dataclass

@@ -13,13 +13,15 @@ from torch import nn
 from typing_extensions import TypeVar
 
 from launcher.average import average, evaluating
+from launcher.batches import plan_steps
 from launcher.config import RunConfig
 from launcher.data import Loader
-from launcher.errors import CheckpointError, RecipeError, UsageError
+from launcher.errors import RecipeError, UsageError
 from launcher.loop import Loop
 from launcher.metrics import Bar, Metrics, checked
 from launcher.optim import Optimizer, update_scaler
 from launcher.parallel import Blocks, all_gather, wrap
+from launcher.restore import Restorer
 from launcher.rundir import RunDir
 from launcher.save import Saver
 from launcher.seeds import WEIGHTS, kept_host_generators, mix, seed_host
@@ -63,7 +65,8 @@ class Run:
         """Optimizer steps completed, over all attempts."""
         self.finish_reason: str | None = None
         self._accelerator, self._rundir, self._attempt = accelerator, rundir, attempt
-        self._saver = Saver(self, rundir, attempt, settings)
+        self.saver = Saver(self, rundir, attempt, settings)
+        self._restorer = Restorer(self, rundir, self.saver.store, attempt, settings)
         self._metrics: Metrics | None = None
         self._loop: Loop | None = None
         self._bar: Bar | None = None
@@ -135,8 +138,8 @@ class Run:
         if frozen:
             model.requires_grad_(False).eval()
         else:
+            self._restorer.initialise(name, model)
             self.frozen[name] = frozen_digest(model)
-            self._saver.initialise(name, model)
         wrapped = wrap(model, self.config, self.world, self._accelerator, blocks=blocks, unused=find_unused_parameters)
         if not frozen:
             self.models[name] = wrapped
@@ -229,9 +232,10 @@ class Run:
                 "--run.init-from"
             )
         loaders = dict(data) if isinstance(data, Mapping) else {} if data is None else {data.name: data}
-        plans = self._saver.plans(loaders, total, epochs)
+        plans = plan_steps(loaders, self.world_size, total=total, epochs=epochs)
         self._say_caveats(loaders)
-        self.completed = self._saver.restore(plans, loaders)
+        self.completed = self._restorer.restore(plans, loaders)
+        self.saver.published = self.completed or None
         if epochs is not None:
             total = plans[next(iter(plans))].steps()
         if total is not None and self.completed > total:
@@ -251,7 +255,7 @@ class Run:
             bar=self._bar,
             track=self._tracker() if self.config.tracker else None,
         )
-        self._metrics.restore(self.completed, self._saver.metrics)
+        self._metrics.restore(self.completed, self._restorer.metrics)
         if self.is_main:
             self._rundir.update(status="running", global_step=self.completed, total_steps=total)
         self._loop = Loop(self, loaders, plans, total, self._metrics, single=not isinstance(data, Mapping))
@@ -319,35 +323,27 @@ class Run:
         """The recipe's `train` has returned: save what it has learnt."""
         if self._loop is not None:
             self._loop.broken_off()
-        self.save()
+        self._finish_saving()
 
     def stopped(self) -> None:
         """All ranks have agreed to stop here: save, to go on from here."""
         if self._loop is not None:
             self._loop.flush()
-        self.save()
-
-    def save_due(self, step: int) -> bool:
-        """Whether a checkpoint is due at a step's edge."""
-        return self.config.save_every > 0 and step % self.config.save_every == 0
+        self._finish_saving()
 
     def save(self) -> None:
-        """Write a checkpoint of the completed steps, if there is none yet."""
-        with self._metrics.pause() if self._metrics is not None else nullcontext():
-            if self._metrics is not None:
-                self._metrics.sync()
-            self._saver.save(self._loop)
+        """Begin to write a checkpoint of the completed steps; training goes on, whatever becomes of it."""
+        assert self._loop is not None
+        with self._loop.metrics.pause():
+            self.saver.start(self._loop)
 
-    def save_or_tell(self) -> None:
-        """Save in the midst of training, which need not end because a disk is full: the next save may succeed."""
-        try:
-            self.save()
-        except CheckpointError as error:
-            self.print(f"launcher: NOT SAVED at step {self.completed}, training goes on: {error}")
+    def _finish_saving(self) -> None:
+        with self._metrics.pause() if self._metrics is not None else nullcontext():
+            self.saver.finish(self._loop)
 
     def cursor(self, name: str) -> Any:
         """Where a restored stream goes on."""
-        return self._saver.cursors.get(name)
+        return self._restorer.cursors.get(name)
 
     def check_stop(self) -> None:
         """Where the state is whole, let all ranks agree whether to stop here; raises `Stopped` if they do."""
@@ -374,7 +370,8 @@ class Run:
         self.completed = index + 1
 
     def close(self) -> None:
-        """Stop the workers, the metrics and the trackers."""
+        """Stop the workers, the metrics and the trackers; a save in progress may end first."""
+        self.saver.close()
         if self._loop is not None:
             self._loop.close()
         for loader in self.loaders:

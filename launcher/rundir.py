@@ -15,6 +15,7 @@ import platform
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -47,6 +48,7 @@ class RunDir:
         """`attempt` is the start that this process belongs to: once there is a newer one, it writes no status."""
         self.path = path
         self.attempt = attempt
+        self._lock = threading.Lock()  # the thread that writes checkpoints updates facts too
 
     @classmethod
     def open(cls, given: str | None, *, name: str) -> RunDir:
@@ -164,9 +166,10 @@ class RunDir:
             return False
         try:
             failed: bool | None = None
-            while failed is not (now := self._has_failed()):
-                failed = now
-                self._write_facts({**facts, "status": "failed"} if failed else facts)
+            with self._lock:
+                while failed is not (now := self._has_failed()):
+                    failed = now
+                    self._write_facts({**facts, "status": "failed"} if failed else facts)
         except LauncherError:
             if facts.get("status") != "failed":
                 raise

@@ -5,7 +5,7 @@ Names are the plain module's: `model/blocks.0.weight`, `optimizer/exp_avg/model/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "add_optimizer",
     "add_tracked",
     "frozen_digest",
+    "optimizer_names",
     "parameter_names",
     "restore_optimizer",
     "restore_tracked",
@@ -31,16 +32,16 @@ __all__ = [
 TENSOR, TUPLE, ITEMS = "$tensor", "$tuple", "$items"
 
 
-def add_module(state: State, name: str, model: nn.Module) -> None:
+def add_module(state: State, name: str, model: nn.Module, *, frozen: bool = False) -> None:
     """Add what a model's checkpoint holds: trainable parameters and persistent buffers, ties as aliases.
 
-    Frozen parameters are not in it: `run.build` makes them anew, and their digest is compared on resume.
+    Frozen parameters are not in it, unless asked for: `run.build` makes them anew, and a resume compares their digest.
     """
     first: dict[int, str] = {}
     buffers = dict(model.named_buffers(remove_duplicate=False))
     persistent = set(model.state_dict(keep_vars=True))
     for key, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
+        if parameter.requires_grad or frozen:
             _add(state, f"{name}/{plain_name(key)}", parameter.detach(), first, id(parameter))
     for key, buffer in buffers.items():
         if key in persistent:
@@ -66,30 +67,41 @@ def add_optimizer(state: State, name: str, optimizer: Optimizer, names: Mapping[
     }
 
 
-def restore_optimizer(state: State, name: str, optimizer: Optimizer, names: Mapping[int, str], index: Index) -> None:
-    """Make room in `state` for the moments that a checkpoint holds, and take over the groups' hyperparameters.
+def restore_optimizer(
+    state: State, name: str, optimizer: Optimizer, names: Mapping[int, str], index: Index
+) -> Callable[[], None]:
+    """Make room in `state` for the moments that a checkpoint holds; call the result once they are read.
 
-    A hyperparameter that the config has changed since (which the resume had to be allowed) keeps its new value.
+    It takes over the groups' hyperparameters too. One that the config has changed since (which the resume had to be
+    allowed) keeps its new value.
     """
     saved = index.values.get(name)
     if not isinstance(saved, dict) or len(saved["groups"]) != len(optimizer.param_groups):
         raise CheckpointError(f"the checkpoint has no {name} with {len(optimizer.param_groups)} parameter groups")
-    for group, initial, then, now in zip(
-        optimizer.param_groups, optimizer.initial_groups, saved["initial_groups"], saved["groups"], strict=True
-    ):
-        for key, value in now.items():
-            if key in initial and _jsonable(initial)[key] == then.get(key):
-                _set_hyperparameter(group, key, value)
+    groups = list(
+        zip(optimizer.param_groups, optimizer.initial_groups, saved["initial_groups"], saved["groups"], strict=True)
+    )
     by_name = {
         names[id(parameter)]: (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
     }
-    for full, (parameter, _) in by_name.items():
-        optimizer.inner.state[parameter].update(saved["scalars"].get(full, {}))
+    moments: dict[nn.Parameter, dict[str, Any]] = {
+        parameter: dict(saved["scalars"].get(full, {})) for full, (parameter, _) in by_name.items()
+    }
     for entry in index.tensors:
         key, _, full = entry.removeprefix(f"{name}/").partition("/")
         if entry.startswith(f"{name}/") and full in by_name:
             parameter, group = by_name[full]
-            state.tensors[entry] = optimizer.inner.state[parameter][key] = _room(index, entry, parameter, group)
+            state.tensors[entry] = moments[parameter][key] = _room(index, entry, parameter, group)
+
+    def take_over() -> None:
+        for group, initial, then, now in groups:
+            for key, value in now.items():
+                if key in initial and _jsonable(initial)[key] == then.get(key):
+                    _set_hyperparameter(group, key, value)
+        for parameter, values in moments.items():
+            optimizer.inner.state[parameter].update(values)
+
+    return take_over
 
 
 def add_tracked(state: State, name: str, tracked: Any) -> None:
@@ -110,7 +122,13 @@ def restore_tracked(state: State, name: str, tracked: Any, index: Index) -> Call
             same = like is not None and tuple(like.shape) == tuple(spec.shape)
             rooms[entry] = torch.zeros_like(like) if same and like is not None else _empty(index, entry)
     state.tensors |= rooms
-    return lambda: tracked.load_state_dict(_unflatten(index.values[f"track/{name}"], rooms))
+    restored = _unflatten(index.values[f"track/{name}"], rooms)
+    return lambda: tracked.load_state_dict(restored)
+
+
+def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:
+    """What the optimizers are called in a checkpoint, in the order in which the recipe made them."""
+    return [f"optimizer_{k}" if k else "optimizer" for k in range(len(optimizers))]
 
 
 def parameter_names(models: Mapping[str, nn.Module]) -> dict[int, str]:

@@ -141,8 +141,15 @@ def test_a_damaged_checkpoint_is_refused(run_recipe):
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    assert file.name in one_line(run_recipe(train, "--steps", 5, code=1))
+    passed, _, refused = run_recipe(train, "--steps", 5, code=1).splitlines()
+    assert file.name in passed
+    assert "PASSED OVER step-00000003, which is now step-00000003.bad" in passed
+    assert "no checkpoint" in refused
     assert status(run_recipe.dir)["status"] == "failed"
+    again = one_line(run_recipe(train, "--steps", 5, code=1))
+    assert "step-00000003.bad" in again, "never from the beginning without a word"
+    run_recipe(train, "--steps", 5, "--run.resume", "never")
+    assert [path.name for path in run_recipe.dir.glob("checkpoints/*")].count("step-00000003.bad") == 1
 
 
 def test_a_broken_run_json_is_told(run_recipe):
@@ -169,7 +176,7 @@ def test_a_full_disk_in_the_midst_is_told_and_training_goes_on(run_recipe):
         printed = run_recipe(limited, "--model.width", 64, "--run.save-every", 1, "--steps", 3)
     finally:
         signal.signal(signal.SIGXFSZ, before)
-    assert "NOT SAVED at step 1, training goes on" in printed
+    assert "NOT SAVED, training goes on: step-00000001 could not be saved" in printed
     assert "Traceback" not in printed
     assert status(run_recipe.dir)["status"] == "finished", "the last save, with the disk free again, succeeded"
     assert not list(run_recipe.dir.glob("checkpoints/*partial*"))

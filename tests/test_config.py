@@ -478,7 +478,7 @@ def launched(tmp_path: Path, *flags: str) -> Any:
 
 
 def test_the_real_accelerate_launch_says_nothing_by_default(tmp_path) -> None:
-    assert RunConfig(**launched(tmp_path) | {"allow": (), "tracker": ()}) == NOTHING
+    assert RunConfig(**launched(tmp_path) | {"allow": (), "tracker": (), "init_only": ()}) == NOTHING
 
 
 def test_the_real_accelerate_launch_says_it_by_flags(tmp_path) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import launcher
-from launcher.save import check_batch
+from launcher.batches import check_batch
 from tests.harness import losses, metrics, status, tensors
 from tests.test_run import data, learn, parts
 

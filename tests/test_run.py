@@ -416,7 +416,7 @@ def test_an_impossible_batch_is_one_line(run_recipe, options, said):
 
 
 def test_the_nearest_batches_are_named():
-    from launcher.save import check_batch
+    from launcher.batches import check_batch
 
     with pytest.raises(launcher.UsageError, match="microbatch_size 4 or batch_size 24"):
         check_batch(12, 8, 3)

@@ -20,7 +20,7 @@ from launcher.checkpoint.verifying import verify
 if TYPE_CHECKING:
     from launcher.checkpoint.loading import load
     from launcher.checkpoint.saving import save
-    from launcher.checkpoint.state import State, describe
+    from launcher.checkpoint.state import State, describe, describe_all
     from launcher.checkpoint.writer import Outcome, Writer
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Writer",
     "boxes",
     "describe",
+    "describe_all",
     "load",
     "plan",
     "read_index",
@@ -49,6 +50,7 @@ _LAZY = {
     "State": "state",
     "Writer": "writer",
     "describe": "state",
+    "describe_all": "state",
     "load": "loading",
     "save": "saving",
 }

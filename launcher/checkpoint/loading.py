@@ -11,7 +11,7 @@ and to read into the live tensors in a second, would read everything twice, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -35,11 +35,13 @@ __all__ = ["load"]
 _ALIGNMENT = 64  # bytes
 
 
-def load(path: Path, world: World, state: State, *, only: str = "", buffer: Buffer | None = None) -> Index:
+def load(
+    path: Path, world: World, state: State, *, only: str | Collection[str] = "", buffer: Buffer | None = None
+) -> Index:
     """Fill the tensors of `state` in place from the checkpoint in directory `path`. Called by all ranks together.
 
     Names, shapes and dtypes must be the checkpoint's, and all of them: nothing is cast, skipped or left as it was.
-    With `only` (a prefix: "model/") that holds for the names that begin with it, and no other tensor is touched.
+    With `only` (a prefix: "model/"; or names) that holds for those alone, and no other tensor is touched.
     What the values mean is the caller's business: they are in the index that is returned. `buffer` is host memory to
     read into first, kept for later.
 
@@ -70,11 +72,15 @@ def load(path: Path, world: World, state: State, *, only: str = "", buffer: Buff
 
 
 def _match(
-    where: str, index: Index, specs: Mapping[str, TensorSpec], tied: Mapping[str, str], only: str
+    where: str,
+    index: Index,
+    specs: Mapping[str, TensorSpec],
+    tied: Mapping[str, str],
+    only: str | Collection[str],
 ) -> dict[str, str]:
     """For each live tensor the name in the checkpoint that holds its data."""
-    there = {name for name in (*index.tensors, *index.aliases) if name.startswith(only)}
-    here = {name for name in (*specs, *tied) if name.startswith(only)}
+    there = {name for name in (*index.tensors, *index.aliases) if _within(name, only)}
+    here = {name for name in (*specs, *tied) if _within(name, only)}
     if only and not here:
         raise CheckpointError(f"nothing here begins with {only}, so {where} would change nothing")
     if missing := here - there:
@@ -94,6 +100,10 @@ def _match(
         if live.dtype != saved.dtype:
             raise CheckpointError(f"{where}: {name} is {saved.dtype} there and {live.dtype} here; nothing is cast")
     return {name: index.holder(name) for name in specs if name in here}
+
+
+def _within(name: str, only: str | Collection[str]) -> bool:
+    return name.startswith(only) if isinstance(only, str) else name in only
 
 
 def _first(names: Iterable[str]) -> str:

@@ -61,12 +61,23 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
-        return sorted({step for step, kind, _ in self._entries() if kind in (None, "replaced")})
+        return sorted({step for step, kind, _ in self.entries() if kind in (None, "replaced")})
 
     def bad(self) -> list[Path]:
         """What was set aside as damaged, in order."""
-        found = [(step, kind) for step, kind, _ in self._entries() if kind is not None and kind.startswith("bad")]
+        found = [(step, kind) for step, kind, _ in self.entries() if kind is not None and kind.startswith("bad")]
         return [self.root / f"{step_name(step)}.{kind}" for step, kind in sorted(found)]
+
+    def entries(self) -> list[tuple[int, str | None, int | None]]:
+        """The step, the kind (None: final) and the attempt of each directory that is ours."""
+        try:
+            found = [
+                _NAME.fullmatch(entry.name) for entry in os.scandir(self.root) if entry.is_dir(follow_symlinks=False)
+            ]
+        except FileNotFoundError:
+            return []
+        matches = [match for match in found if match and match[1] == step_name(int(match[2]))]
+        return [(int(m[2]), m[3], int(m[4]) if m[4] else None) for m in matches]
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step, or None where there is none."""
@@ -172,7 +183,7 @@ class Store:
 
     def _clean(self, attempt: int) -> None:
         """Remove what is no checkpoint (but a later attempt's: it may be writing it), and finish a replacement."""
-        for step, kind, writer in self._entries():
+        for step, kind, writer in self.entries():
             final = self.root / step_name(step)
             path = final.with_name(f"{final.name}.{kind}")
             if kind == "replaced" and not os.path.lexists(final):
@@ -184,17 +195,6 @@ class Store:
                 over = kind == "pruned" or (writer is not None and writer <= attempt)
             if over:
                 _removing(path)
-
-    def _entries(self) -> list[tuple[int, str | None, int | None]]:
-        """The step, the kind (None: final) and the attempt of each directory that is ours."""
-        try:
-            found = [
-                _NAME.fullmatch(entry.name) for entry in os.scandir(self.root) if entry.is_dir(follow_symlinks=False)
-            ]
-        except FileNotFoundError:
-            return []
-        matches = [match for match in found if match and match[1] == step_name(int(match[2]))]
-        return [(int(m[2]), m[3], int(m[4]) if m[4] else None) for m in matches]
 
     def _check_current(self, attempt: int) -> None:
         if not self._attempt_is_current(attempt):

@@ -3,43 +3,117 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.files import ALIGNMENT, METADATA, FileEntry, FileReader, entries
+from launcher.checkpoint.files import (
+    ALIGNMENT,
+    BLOCK,
+    DIGEST,
+    METADATA,
+    FileEntry,
+    FileReader,
+    Segment,
+    entries,
+)
 from launcher.checkpoint.index import Index, read_index
+from launcher.checkpoint.store import VERIFIED, Store
 from launcher.errors import DamagedError
 
-__all__ = ["verify", "verify_file"]
+__all__ = ["verify", "verify_and_mark"]
+
+_PIECE = 8 * BLOCK
+"""Bytes that a thread reads before it takes the next ones: little enough to stop soon after Ctrl-C."""
+
+_THREADS = 4  # reading and digesting both let go of the interpreter
 
 
-def verify(path: Path) -> Index:
+def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Index:
     """Read all files of the checkpoint in directory `path`, and return its index.
 
     `load` goes by the index alone. Here the safetensors headers are compared with it too, so that other readers of
-    the files find in them what `load` does.
+    the files find in them what `load` does. `progress(bytes read, of all)` is called now and then.
 
     Raises:
         DamagedError: something is missing, damaged, or contradicts the index; it is named.
         CheckpointError: it is of another version of the launcher.
     """
     index = read_index(path)
+    _read_all(path, index, progress)
     for number in range(len(index.files)):
-        verify_file(path, index, number)
+        _compare_header(path, index, number)
     return index
 
 
-def verify_file(path: Path, index: Index, number: int) -> None:
-    """Read a file of a checkpoint, and compare its safetensors header with the index.
+def verify_and_mark(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Index:
+    """As `verify`, and leave a note of it beside the checkpoint's files; of one that is damaged, take it away.
 
     Raises:
-        DamagedError: it is missing, damaged, or contradicts the index.
+        DamagedError, CheckpointError: as `verify`.
+    """
+    marker = path / VERIFIED
+    try:
+        index = verify(path, progress)
+    except DamagedError:
+        _remove(marker)
+        raise
+    if marker.is_symlink():  # a link could have us touch any file
+        _remove(marker)
+    Store(path.parent).mark_verified(path)
+    return index
+
+
+def _read_all(path: Path, index: Index, progress: Callable[[int, int], None]) -> None:
+    """Verify every block, in several threads; of several faults the first is raised."""
+    pieces = list(_pieces(index))
+    read = 0
+
+    def check(piece: tuple[FileEntry, Segment]) -> int:
+        entry, segment = piece
+        with FileReader(path, entry) as reader:
+            reader.verify(segment)
+        return segment.size
+
+    if index.nbytes <= _PIECE:  # threads would take longer than the reading
+        for piece in pieces:
+            check(piece)
+        return
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        for size in pool.map(check, pieces):
+            read += size
+            progress(read, index.nbytes)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pieces(index: Index) -> Iterator[tuple[FileEntry, Segment]]:
+    """All bytes of all files, file by file, in segments of whole blocks."""
+    for number, entry in enumerate(index.files):
+        yield from ((entry, piece) for piece in _cut(entry.header))
+        for file, part in index.parts:
+            if file == number:
+                yield from ((entry, piece) for piece in _cut(part))
+
+
+def _cut(segment: Segment) -> Iterator[Segment]:
+    for start in range(0, segment.size, _PIECE):
+        size = min(_PIECE, segment.size - start)
+        first, last = start // BLOCK, -(-(start + size) // BLOCK)
+        yield Segment(segment.offset + start, size, segment.digests[first * DIGEST : last * DIGEST])
+
+
+def _compare_header(path: Path, index: Index, number: int) -> None:
+    """Compare a file's safetensors header with the index.
+
+    Raises:
+        DamagedError: they contradict each other.
     """
     entry = index.files[number]
     with FileReader(path, entry) as reader:
-        for file, part in index.parts:
-            if file == number:
-                reader.verify(part)
         try:
             found = _header(reader, entry)
         except (ValueError, RecursionError):
@@ -73,3 +147,10 @@ def _wanted(index: Index, file: int) -> dict[str, Any]:
                 raise DamagedError(f"the part of rank {rank} has {part.size} bytes, not {index.plan.nbytes(rank)}")
             wanted |= entries(index.plan[rank], index.tensors, part.offset - length, part.size)
     return wanted
+
+
+def _remove(marker: Path) -> None:
+    try:
+        os.unlink(marker)
+    except OSError:  # there is none, or it may not be removed: the fault is told all the same
+        return

@@ -73,11 +73,6 @@ class Writer:
         """Whether this rank is writing."""
         return self._job is not None
 
-    @property
-    def step(self) -> int | None:
-        """What is being written."""
-        return self._job.step if self._job is not None else None
-
     def start(
         self,
         step: int,

@@ -1,0 +1,280 @@
+"""What a start takes over from a checkpoint: the run's own newest whole one, a given one, or another run's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from launcher import checkpoint
+from launcher.checkpoint.agree import agreed
+from launcher.config import check_resume
+from launcher.data import Loader
+from launcher.errors import CheckpointError, DamagedError, UsageError
+from launcher.order import Plan
+from launcher.rundir import RunDir
+from launcher.save import state_of_models
+from launcher.state import add_module, optimizer_names, parameter_names, restore_optimizer, restore_tracked
+from launcher.world import World
+
+if TYPE_CHECKING:
+    from launcher.run import Run
+
+__all__ = ["Restorer"]
+
+T = TypeVar("T")
+
+
+class Restorer:
+    """Restores one run, at its start."""
+
+    def __init__(
+        self, run: Run, rundir: RunDir, store: checkpoint.Store, attempt: int, settings: Mapping[str, Any]
+    ) -> None:
+        self.cursors: dict[str, Any] = {}
+        """Where each stream goes on, on this rank."""
+        self.metrics: dict[str, Any] = {}
+        """The metrics line of the step that was restored."""
+        self._run, self._rundir, self._store = run, rundir, store
+        self._attempt, self._settings = attempt, settings
+
+    def initialise(self, name: str, model: nn.Module) -> None:
+        """Start a model (on the CPU, not yet wrapped) from the weights of `--run.init-from`.
+
+        A run that goes on takes from there only what its own checkpoints do not hold: frozen parameters.
+        """
+        run = self._run
+        frozen = {f"{name}/{key}" for key, parameter in model.named_parameters() if not parameter.requires_grad}
+        goes_on = self._store.newest() is not None
+        if run.config.init_from is None or (goes_on and not frozen):
+            return
+        path = _checkpoint_path(run.config.init_from, "--run.init-from")
+        index = checkpoint.read_index(path)
+        state = checkpoint.State()
+        add_module(state, name, model, frozen=True)
+        chosen = _chosen(state, [f"{name}/{pattern}" for pattern in run.config.init_only])
+        if not chosen:
+            raise UsageError(f"--run.init-only {' '.join(run.config.init_only)}: no weight of {name!r} has such a name")
+        there = {key for key in (*index.tensors, *index.aliases) if key.startswith(f"{name}/")}
+        missing = sorted(chosen - frozen - there)
+        left = sorted(there - chosen - {key for key, holder in state.aliases.items() if holder in chosen})
+        if missing or (left and not run.config.init_only):
+            raise CheckpointError(
+                f"--run.init-from {path} is of another model: "
+                + "; ".join([*_listed(f"of {name!r} it lacks", missing), *_listed("it also has", left)])
+                + " (--run.init-only 'blocks.*' takes a part of it by name)"
+            )
+        wanted = chosen & there
+        if goes_on:
+            wanted &= frozen
+        elif run.config.init_only:
+            rest = [*_listed("as built", sorted(state.tensors.keys() - wanted)), *_listed("not taken", left)]
+            run.print("; ".join([f"{name!r} begins with {len(wanted)} weights of {path}", *rest]))
+        if wanted:
+            checkpoint.load(path, World(), state, only=wanted)
+
+    def restore(self, plans: dict[str, Plan], loaders: Mapping[str, Loader[Any]]) -> int:
+        """Take over the checkpoint that `--run.resume` names, if any; returns the completed steps.
+
+        `plans` are moved to go on behind the samples it has seen. Of the run's own checkpoints the newest that is whole
+        is taken; damaged ones are told, and set aside.
+
+        Raises:
+            CheckpointError: all that there are are damaged, or one is of something else.
+        """
+        run = self._run
+        agreed(run.world, self._begin)
+        given = self._given()
+        if given is not None:
+            return self._load(given, plans, loaders)
+        if run.config.resume == "never":
+            return 0
+        while (path := self._newest()) is not None:
+            try:
+                return self._load(path, plans, loaders)
+            except DamagedError as error:
+                [aside, *_] = agreed(run.world, lambda: self._store.set_aside(path) if run.is_main else None)
+                run.print(f"launcher: PASSED OVER {path.name}, which is now {aside and aside.name}: {error}")
+        [bad, *_] = run.world.gather([found.name for found in self._store.bad()])
+        if bad:
+            raise CheckpointError(
+                f"no checkpoint in {self._store.root} is whole, damaged: {', '.join(bad)}: bring one back from "
+                "elsewhere, or begin again with --run.resume never"
+            )
+        if self._attempt > 1:
+            run.print("launcher: the run has no checkpoint yet: it begins with step 0")
+        return 0
+
+    def _begin(self) -> None:
+        """Refuse before the first step what could not be saved after it; remove what killed saves have left."""
+        checkpoint.describe_all(state_of_models(self._run), self._run.world)
+        if self._run.is_main:
+            self._store.clean(self._attempt)
+
+    def _newest(self) -> Path | None:
+        """The run's newest checkpoint, as rank 0 sees it."""
+        newest: Path | None = self._run.world.broadcast(self._store.newest() if self._run.is_main else None)
+        return newest
+
+    def _given(self) -> Path | None:
+        """The checkpoint that `--run.resume` names, where the run does not go on from one of its own."""
+        run, choice, newest = self._run, self._run.config.resume, self._newest()
+        if choice == "never" and newest is not None:
+            raise UsageError(f"--run.resume never, but {self._rundir.path} holds {newest.name}: take another --run.dir")
+        if choice in ("auto", "never"):
+            return None
+        given = _checkpoint_path(choice, "--run.resume")
+        if newest is None or newest.samefile(given):
+            return given
+        if given.parent.samefile(newest.parent):
+            raise UsageError(
+                f"--run.resume {choice} goes back behind {newest.name} of the same run: give it a fresh --run.dir"
+            )
+        run.print(f"launcher: the run goes on from its own {newest.name}: --run.resume {choice} was where it began")
+        return None
+
+    def _load(self, path: Path, plans: dict[str, Plan], loaders: Mapping[str, Loader[Any]]) -> int:
+        """Take over one checkpoint: nothing is changed before all of it has been read and found right."""
+        run = self._run
+        sizes = {name: loader.size for name, loader in loaders.items()}
+
+        def prepare() -> _Prepared:
+            index = checkpoint.read_index(path)
+            self._check(index, path, sizes)
+            return self._prepare(index)
+
+        mine: list[_Prepared] = []
+        agreed(run.world, lambda: mine.append(_understood(path, prepare)))
+        [prepared] = mine
+        index = checkpoint.load(path, run.world, prepared.state, buffer=run.saver.writer.buffer)
+        if run.is_main:
+            self._store.mark_verified(path)
+        for take_over in prepared.finish:
+            take_over()
+        if index.world_size == run.world_size:
+            self._restore_rank(index)
+        if run.scaler is not None and "scaler" in index.values:
+            run.scaler.load_state_dict(index.values["scaler"])
+        for name, plan in plans.items():
+            seen = index.values["loaders"][name]["samples_seen"]
+            plans[name] = Plan(plan.batch_size, plan.microbatch_size, plan.end, base=seen, base_step=index.step)
+        line = index.facts.get("metrics")
+        self.metrics = line if isinstance(line, dict) else {}
+        run.print(f"resumed from {path} at step {index.step}")
+        return index.step
+
+    def _prepare(self, index: checkpoint.Index) -> _Prepared:
+        """What is to be filled, and what is then to be done."""
+        run = self._run
+        state = state_of_models(run)
+        names = parameter_names(run.models)
+        finish = [
+            restore_optimizer(state, key, optimizer, names, index)
+            for key, optimizer in zip(optimizer_names(run.optimizers), run.optimizers, strict=True)
+        ]
+        finish += [
+            restore_tracked(state, key, obj, index) for key, (obj, per_rank) in run.tracked.items() if not per_rank
+        ]
+        return _Prepared(state, finish)
+
+    def _check(self, index: checkpoint.Index, path: Path, sizes: Mapping[str, int | None]) -> None:
+        run = self._run
+        saved = index.facts.get("config")
+        if isinstance(saved, dict):
+            check_resume(saved, self._settings, run.config.allow)
+        self._check_data(index, path, sizes)
+        gone = [key.removeprefix("track/") for key in index.values if key.startswith("track/")]
+        if gone := sorted(set(gone) - set(run.tracked)):
+            raise CheckpointError(f"{path} has {gone[0]!r}, which is no longer given to run.track")
+        if index.values.get("frozen", {}) != run.frozen:
+            raise CheckpointError(
+                f"{path}: the frozen parameters are not those it was trained with: give the same base weights"
+            )
+        if index.world_size == run.world_size:
+            return
+        per_rank = sorted(key for ranks in index.rank_values for key in ranks)
+        if per_rank:
+            raise UsageError(
+                f"{path} was saved by {index.world_size} ranks, each with its own {per_rank[0]}: resume with as many, "
+                f"not {run.world_size}"
+            )
+        if index.values.get("batch_coupled") and "world" not in run.config.allow:
+            raise UsageError(
+                f"{path} was trained with BatchNorm on {index.world_size} ranks; on {run.world_size} its statistics "
+                "differ: resume with as many, or accept it with --run.allow world"
+            )
+
+    def _check_data(self, index: checkpoint.Index, path: Path, sizes: Mapping[str, int | None]) -> None:
+        """Positions mean other samples in data of another length."""
+        saved = index.values.get("loaders")
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{path} holds weights and no run: start from them with --run.init-from")
+        if saved.keys() != sizes.keys():
+            raise UsageError(
+                f"the run has read from {', '.join(saved)}, not {', '.join(sizes)}: give run.steps the same loaders, "
+                "made in the same order"
+            )
+        for name, size in sizes.items():
+            if size != saved[name]["size"] and "data" not in self._run.config.allow:
+                raise UsageError(
+                    f"the data of {name!r} had {saved[name]['size']} samples and has {size}: give the same, or accept "
+                    "another order with --run.allow data"
+                )
+            if type(saved[name]["samples_seen"]) is not int:
+                raise TypeError("samples_seen is no number")
+
+    def _restore_rank(self, index: checkpoint.Index) -> None:
+        """What is each rank's own: stream cursors, and objects tracked per rank."""
+        for key, value in index.rank_values[self._run.rank].items():
+            kind, _, name = key.partition("/")
+            if kind == "stream":
+                self.cursors[name] = value
+            elif name in self._run.tracked:
+                self._run.tracked[name][0].load_state_dict(value)
+            else:
+                raise CheckpointError(f"the checkpoint has {name!r}, which is no longer given to run.track")
+
+
+class _Prepared(NamedTuple):
+    """A state to fill, and what takes over the rest once that is done."""
+
+    state: checkpoint.State
+    finish: list[Callable[[], None]]
+
+
+def _understood(path: Path, work: Callable[[], T]) -> T:
+    """Whatever else than a run has saved may be in a checkpoint that is whole."""
+    try:
+        return work()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not hold what a run saves ({type(error).__name__}: {error})") from error
+
+
+def _chosen(state: checkpoint.State, patterns: Sequence[str]) -> set[str]:
+    """The tensors of a state that a pattern names, themselves or by what is tied to them; all without a pattern."""
+    if not patterns:
+        return set(state.tensors)
+    named = {key for key in (*state.tensors, *state.aliases) if any(fnmatchcase(key, pattern) for pattern in patterns)}
+    return {state.aliases.get(key, key) for key in named}
+
+
+def _listed(what: str, names: Sequence[str], most: int = 10) -> list[str]:
+    """`what`, with as many names as a person reads; nothing where there are none."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{what} {', '.join(names[:most])}{more}"] if names else []
+
+
+def _checkpoint_path(given: str, option: str) -> Path:
+    """A checkpoint's directory, from its own path or that of a run (its newest)."""
+    path = Path(given)
+    if (path / "checkpoints").is_dir():
+        newest = checkpoint.Store(path / "checkpoints").newest()
+        if newest is None:
+            raise UsageError(f"{option} {given}: the run has no checkpoint")
+        return newest
+    if not (path / "index.json").is_file():
+        raise UsageError(f"{option} {given}: no checkpoint (step-N with an index.json) and no run directory")
+    return path

@@ -1,0 +1,47 @@
+"""The values of one metric by step, read back from metrics.jsonl: what decides which checkpoint is the best."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import LauncherError
+
+__all__ = ["scores"]
+
+
+def scores(path: Path, metric: str) -> dict[int, float]:
+    """The values of `metric` in the metrics file at `path`, by step; none where there is no file.
+
+    Of one step the latest attempt that tells the metric counts, and of its lines the last. A line that was cut by a
+    kill, and a value that is no number, are passed over.
+
+    Raises:
+        LauncherError: the file is there and cannot be read.
+    """
+    needle = json.dumps(metric)  # as it stands in a line, so that most lines need not be parsed
+    found: dict[int, tuple[int, float]] = {}
+    try:
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for text in lines:
+                if needle in text and (line := _parsed(text, metric)) is not None:
+                    step, attempt, value = line
+                    if attempt >= found.get(step, (attempt, value))[0]:
+                        found[step] = (attempt, value)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise LauncherError(f"cannot read {path}: {error.strerror}") from None
+    return {step: value for step, (_, value) in found.items()}
+
+
+def _parsed(text: str, metric: str) -> tuple[int, int, float] | None:
+    """Step, attempt and value of a line; None where it has none."""
+    try:
+        line: Any = json.loads(text)
+        step, attempt, value = line["step"], line["attempt"], line[metric]
+        numbers = type(step) is int and type(attempt) is int and type(value) in (int, float)
+        return (step, attempt, float(value)) if numbers else None
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
