@@ -13,6 +13,7 @@ import xxhash
 from torch import nn
 
 from launcher.checkpoint import Index, State
+from launcher.checkpoint.state import SUBCLASSES
 from launcher.errors import CheckpointError, RecipeError
 from launcher.optim import Optimizer, hyperparameters
 from launcher.parallel import plain_name
@@ -87,11 +88,16 @@ def restore_optimizer(
     moments: dict[nn.Parameter, dict[str, Any]] = {
         parameter: dict(saved["scalars"].get(full, {})) for full, (parameter, _) in by_name.items()
     }
-    for entry in index.tensors:
+    subclasses = [entry for entry in index.values.get(SUBCLASSES, {}) if entry.startswith(f"{name}/")]
+    if subclasses:
+        _make_moments(optimizer)
+    for entry in [*index.tensors, *subclasses]:
         key, _, full = entry.removeprefix(f"{name}/").partition("/")
         if entry.startswith(f"{name}/") and full in by_name:
             parameter, group = by_name[full]
-            state.tensors[entry] = moments[parameter][key] = _room(index, entry, parameter, group)
+            made = optimizer.inner.state[parameter].get(key) if entry in subclasses else None
+            state.tensors[entry] = _room(index, entry, parameter, group) if made is None else made
+            moments[parameter][key] = state.tensors[entry]
 
     def take_over() -> None:
         for group, initial, then, now in groups:
@@ -169,6 +175,19 @@ def _room(index: Index, entry: str, parameter: nn.Parameter, group: Mapping[str,
 
 def _empty(index: Index, entry: str) -> torch.Tensor:
     return torch.zeros(tuple(index.tensors[entry].shape), dtype=index.dtype(entry))
+
+
+def _make_moments(optimizer: Optimizer) -> None:
+    """Let an optimizer make its moments, whose kind only it knows: by a step with no gradient and no learning rate."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+    for parameter in optimizer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.inner.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:

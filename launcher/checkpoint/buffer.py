@@ -28,7 +28,8 @@ class Buffer:
         self.settle()
         if not size <= len(self._held) <= 2 * size:
             self._held = torch.empty(0, dtype=torch.uint8)  # let go of it first
-            self._held = self._allocate(size)
+            if size:
+                self._held = self._allocate(size)
         return self._held[:size]
 
     def copied(self) -> None:

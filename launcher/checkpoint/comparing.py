@@ -90,7 +90,7 @@ def compare(
     found = [Difference(name, "only in A", _said(first, name), "", None) for name in sorted(names_a - names_b)]
     found += [Difference(name, "only in B", "", _said(second, name), None) for name in sorted(names_b - names_a)]
     common = sorted(names_a & names_b)
-    found += _described_otherwise(first, second, common)
+    found += _described_otherwise(first, second, common, names_a | names_b)
     found += sorted(_numbers(a, b, first, second, common, progress), key=_size)
     facts = [] if only is not None else list(_facts(first, second))
     return Comparison(facts, found, len(common))
@@ -134,8 +134,8 @@ def _shape(spec: TensorSpec) -> str:
     return "x".join(map(str, spec.shape)) or "scalar"
 
 
-def _described_otherwise(a: Index, b: Index, names: list[str]) -> Iterator[Difference]:
-    """Tensors of another shape or dtype, and those that share their data with others in one alone."""
+def _described_otherwise(a: Index, b: Index, names: list[str], within: set[str]) -> Iterator[Difference]:
+    """Tensors of another shape or dtype, and those that share their data with others of `within` in one alone."""
     ties_a, ties_b = _ties(a), _ties(b)
     for name in names:
         spec_a, spec_b = a.tensors[a.holder(name)], b.tensors[b.holder(name)]
@@ -143,21 +143,21 @@ def _described_otherwise(a: Index, b: Index, names: list[str]) -> Iterator[Diffe
             yield Difference(name, "shape", _shape(spec_a), _shape(spec_b))
         if spec_a.dtype != spec_b.dtype:
             yield Difference(name, "dtype", spec_a.dtype, spec_b.dtype)
-        others_a, others_b = (ties.get(name, frozenset()) - {name} for ties in (ties_a, ties_b))
+        others_a, others_b = (ties.get(name, set()) & within - {name} for ties in (ties_a, ties_b))
         if others_a != others_b:
             yield Difference(name, "tied", _tied(others_a), _tied(others_b))
 
 
-def _tied(others: frozenset[str]) -> str:
+def _tied(others: set[str]) -> str:
     return f"to {', '.join(sorted(others))}" if others else "to none"
 
 
-def _ties(index: Index) -> dict[str, frozenset[str]]:
+def _ties(index: Index) -> dict[str, set[str]]:
     """For each name that shares its data the names that do, whichever of them holds it."""
     groups: dict[str, set[str]] = {}
     for name, holder in index.aliases.items():
         groups.setdefault(holder, {holder}).add(name)
-    return {name: frozenset(group) for group in groups.values() for name in group}
+    return {name: group for group in groups.values() for name in group}
 
 
 def _numbers(

@@ -54,6 +54,8 @@ class Exported:
     """Tensors that came from the base."""
     copied: list[str]
     """Other files that came from the base."""
+    dtypes: list[str]
+    """Of floating-point tensors: with several, from_pretrained casts to what the configuration says."""
     frozen: bool
     """Whether the model has frozen parameters, which no checkpoint holds."""
 
@@ -118,6 +120,7 @@ def export(
         job.total,
         len(lacking),
         [*copied],
+        _float_dtypes(tensors),
         isinstance(frozen, dict) and bool(frozen.get(name)),
     )
 
@@ -246,13 +249,17 @@ def _companions(base: Path | None, output: Path, tensors: Sequence[_Tensor]) -> 
         wanted = any(fnmatchcase(file.name, pattern) for pattern in _COMPANIONS) and file.suffix != ".safetensors"
         if wanted and file.is_file() and not os.path.lexists(output / file.name):
             found[file.name] = file
-    dtypes = {tensor.spec.dtype for tensor in tensors if tensor.spec.dtype in _CAST}
+    dtypes = _float_dtypes(tensors)
     if CONFIG in found and len(dtypes) == 1:  # from_pretrained casts to what the configuration says
         config = read_json(base / CONFIG)
-        said = str(DTYPES[dtypes.pop()]).removeprefix("torch.")
+        said = str(DTYPES[dtypes[0]]).removeprefix("torch.")
         config |= {"torch_dtype" if "torch_dtype" in config else "dtype": said}
         found[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return found
+
+
+def _float_dtypes(tensors: Sequence[_Tensor]) -> list[str]:
+    return sorted({tensor.spec.dtype for tensor in tensors if tensor.spec.dtype in _CAST})
 
 
 def _write_all(

@@ -11,7 +11,7 @@ from launcher.checkpoint.index import INDEX, Index, read_index
 from launcher.checkpoint.store import VERIFIED, Store, step_name
 from launcher.errors import CheckpointError, UsageError
 
-__all__ = ["Row", "checkpoints", "is_checkpoint", "one_checkpoint", "root_of", "row", "rows"]
+__all__ = ["CHECKPOINTS", "Row", "checkpoints", "is_checkpoint", "one_checkpoint", "root_of", "row", "rows"]
 
 CHECKPOINTS = "checkpoints"
 """What the directory of a run's checkpoints is called."""

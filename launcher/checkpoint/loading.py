@@ -26,7 +26,7 @@ from launcher.checkpoint.buffer import Buffer
 from launcher.checkpoint.files import FileReader, Segment
 from launcher.checkpoint.index import Index, read_index
 from launcher.checkpoint.layout import Box, TensorSpec, Write, local_shape, parts
-from launcher.checkpoint.state import State, bits, describe_all, local_bits
+from launcher.checkpoint.state import SUBCLASSES, State, bits, describe_all, flattened, local_bits
 from launcher.errors import CheckpointError, DamagedError
 from launcher.world import World
 
@@ -50,12 +50,14 @@ def load(
         CheckpointError: likewise: it is of another model, or cannot be read here.
     """
     room = buffer or Buffer()
+    state = flattened(state)
     staged: list[tuple[Index, _Stage]] = []
 
     def work() -> None:
         index = read_index(path)
         specs, tied = describe_all(state, world)
         wanted = _match(path.name, index, specs, tied, only)
+        _check_subclasses(path.name, index, state, only)
         _check_room(state, wanted)
         stage = _Stage(path, index, {name: specs[name] for name in wanted}, world.rank, room)
         _check_files(path, index, world)
@@ -100,6 +102,15 @@ def _match(
         if live.dtype != saved.dtype:
             raise CheckpointError(f"{where}: {name} is {saved.dtype} there and {live.dtype} here; nothing is cast")
     return {name: index.holder(name) for name in specs if name in here}
+
+
+def _check_subclasses(where: str, index: Index, state: State, only: str | Collection[str]) -> None:
+    """Flattened tensors of another kind may look alike and mean something else."""
+    there, here = index.values.get(SUBCLASSES, {}), state.values.get(SUBCLASSES, {})
+    for name, kind in here.items():
+        saved = there.get(name) if isinstance(there, dict) else None
+        if saved != kind and (not isinstance(only, str) or name.startswith(only)):
+            raise CheckpointError(f"{where}: {name} is {saved or 'a plain tensor'} there and {kind} here")
 
 
 def _within(name: str, only: str | Collection[str]) -> bool:

@@ -31,7 +31,7 @@ from launcher.checkpoint.files import (
 )
 from launcher.checkpoint.index import INDEX, Index, Json, check_json, encode, read_index
 from launcher.checkpoint.layout import Box, Plan, TensorSpec, parts
-from launcher.checkpoint.state import State, bits, describe_all, local_bits
+from launcher.checkpoint.state import State, bits, describe_all, flattened, local_bits
 from launcher.checkpoint.store import Store, step_name
 from launcher.errors import CheckpointError, DamagedError
 from launcher.world import World
@@ -78,6 +78,7 @@ class Stager:
             CheckpointError: something cannot be saved exactly.
             MemoryError: there is no room for a copy.
         """
+        state = flattened(state)
         for name, value in (*state.values.items(), *state.rank_values.items(), ("facts", facts or {})):
             check_json(value, name)
         specs, aliases = describe_all(state, self._world)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from launcher.checkpoint.index import Json
 from launcher.checkpoint.layout import TensorSpec, local_shape
@@ -17,7 +19,10 @@ from launcher.world import World
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["DTYPES", "State", "bits", "describe", "describe_all", "local_bits"]
+__all__ = ["DTYPES", "SUBCLASSES", "State", "bits", "describe", "describe_all", "flattened", "local_bits"]
+
+SUBCLASSES = "subclasses"
+"""The value that says which tensors were flattened, and what they are."""
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -72,7 +77,8 @@ def describe(tensor: torch.Tensor, *, rank0: bool = False) -> TensorSpec:
     """
     held = local(tensor)
     if type(held) not in _PLAIN:
-        raise ValueError(f"is a {type(held).__name__}: a checkpoint holds plain tensors and DTensors of them")
+        what = f"sharded {type(held).__name__}" if is_sharded(tensor) else type(held).__name__
+        raise ValueError(f"is a {what}: a checkpoint holds plain tensors, DTensors of them, and what can be flattened")
     if held.layout != torch.strided or held.is_quantized or held.device.type == "meta":
         kind = "on the meta device" if held.device.type == "meta" else f"{held.layout}, {held.dtype}"
         raise ValueError(f"is {kind}: a checkpoint holds dense tensors that have data")
@@ -108,6 +114,68 @@ def describe_all(state: State, world: World) -> tuple[dict[str, TensorSpec], dic
         if tied[name] not in specs:
             raise CheckpointError(f"{name} is tied to {holder}, which the state does not hold")
     return specs, tied
+
+
+def flattened(state: State) -> State:
+    """The state with tensor subclasses (quantised weights, 8-bit moments) as the plain tensors that they are made of.
+
+    `w` of two is `w:codes` and `w:scale`; what it is, is in the values. Filling those in place fills the subclass.
+    """
+    inner: dict[str, tuple[str, ...]] = {}
+    kinds: dict[str, Json] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state.tensors.items():
+        if _is_subclass(tensor) and not is_sharded(tensor):
+            kinds[name], parts = _taken_apart(name, tensor)
+            inner[name] = tuple(parts)
+            tensors |= parts
+        else:
+            tensors[name] = tensor
+    if not kinds:
+        return state
+    aliases: dict[str, str] = {}
+    for name, holder in state.aliases.items():
+        parts_of = [part.removeprefix(holder) for part in inner.get(holder, (holder,))]
+        aliases |= {name + part: holder + part for part in parts_of}
+    return replace(
+        state,
+        tensors=tensors,
+        aliases=aliases,
+        rank0=frozenset(part for name in state.rank0 for part in inner.get(name, (name,))),
+        values=state.values | {SUBCLASSES: kinds},
+    )
+
+
+def _is_subclass(tensor: torch.Tensor) -> bool:
+    """Whether it is made of other tensors, and says of which."""
+    return type(tensor) not in _PLAIN and bool(is_traceable_wrapper_subclass(tensor))
+
+
+def _taken_apart(name: str, tensor: torch.Tensor) -> tuple[str, dict[str, torch.Tensor]]:
+    """What a subclass is, and its inner tensors by name; those may be subclasses themselves."""
+    flatten: Any = tensor
+    names, context = flatten.__tensor_flatten__()
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}({_shown(context)})"
+    parts: dict[str, torch.Tensor] = {}
+    for inner in names:
+        part = getattr(tensor, inner)
+        if _is_subclass(part):
+            inner_kind, inner_parts = _taken_apart(f"{name}:{inner}", part)
+            kind += f", {inner}: {inner_kind}"
+            parts |= inner_parts
+        else:
+            parts[f"{name}:{inner}"] = part
+    return kind, parts
+
+
+def _shown(context: Any) -> str:
+    """What a subclass keeps beside its tensors, as text that is the same in every process."""
+    if isinstance(context, Mapping):
+        return "{" + ", ".join(f"{key}: {_shown(value)}" for key, value in context.items()) + "}"
+    if isinstance(context, list | tuple):
+        return "[" + ", ".join(map(_shown, context)) + "]"
+    plain = isinstance(context, bool | int | float | str | torch.dtype | torch.device | None)
+    return repr(context) if plain else type(context).__qualname__
 
 
 def local_bits(tensor: torch.Tensor) -> torch.Tensor:

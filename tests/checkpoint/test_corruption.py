@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import same, sample, write_checkpoint, write_index
@@ -23,6 +22,7 @@ from launcher.checkpoint.files import FileEntry, create_file, header, write_part
 from launcher.checkpoint.layout import Plan
 from launcher.errors import CheckpointError
 from launcher.world import World
+from tests.checkpoint_files import rewrite
 
 SPECS = {
     "model/w": TensorSpec((6, 4), "F32", (4,), ("S(0)",)),
@@ -66,13 +66,6 @@ def refused(path: Path, message: str = "") -> None:
 
 def members(path: Path) -> dict[str, Any]:
     return json.loads((path / "index.json").read_bytes())["index"]
-
-
-def rewrite(path: Path, index: object) -> None:
-    """Put a forged index in place, with the digest that it then has."""
-    body = index if isinstance(index, bytes) else json.dumps(index).encode()
-    digest = xxhash.xxh3_128_hexdigest(body).encode()
-    (path / "index.json").write_bytes(b'{"digest": "' + digest + b'", "index": ' + body + b"}\n")
 
 
 def test_it_is_read_as_it_was_written(path: Path) -> None:

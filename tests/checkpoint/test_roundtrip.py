@@ -181,6 +181,62 @@ def test_tensors_that_cannot_be_saved_exactly_are_refused(
     assert store.steps() == []
 
 
+class Quantised(torch.Tensor):
+    """A tensor of whole numbers times a scale, as 8-bit moments are."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scale: torch.Tensor, unit: float) -> Quantised:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, unit: float) -> None:
+        self.codes, self.scale, self.unit = codes, scale, unit
+
+    def __tensor_flatten__(self) -> tuple[list[str], list[float]]:
+        return ["codes", "scale"], [self.unit]
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, torch.Tensor], context: list[float], *_: object) -> Quantised:
+        return cls(inner["codes"], inner["scale"], *context)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: object, types: object, args: tuple = (), kwargs: object = None) -> object:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale, args[0].unit)
+        raise NotImplementedError(f"{function}: nothing is computed with it here")
+
+
+def quantised(name: str, scale: torch.Tensor | None = None, unit: float = 0.5) -> Quantised:
+    codes = sample(name, (6, 4), torch.int8)
+    return Quantised(codes, sample("scale", (6,)) if scale is None else scale, unit)
+
+
+def test_subclasses_are_flattened(store: Store) -> None:
+    saved = State(
+        {"w": quantised("w"), "nested": quantised("n", quantised("inner")), "b": sample("b", (3,))},
+        aliases={"tied": "w"},
+    )
+    path = save(store, WORLD, 1, saved, attempt=1)
+    index = verify(path)
+    assert {"w:codes", "w:scale", "nested:codes", "nested:scale:codes", "nested:scale:scale", "b"} == set(index.tensors)
+    assert index.aliases == {"tied:codes": "w:codes", "tied:scale": "w:scale"}
+
+    def live(unit: float = 0.5) -> State:
+        return State(
+            {"w": quantised("?", torch.zeros(6), unit), "nested": quantised("?", quantised("?")), "b": torch.zeros(3)},
+            aliases={"tied": "w"},
+        )
+
+    state = live()
+    load(path, WORLD, state)
+    assert same(state.tensors["w"].codes, saved.tensors["w"].codes)
+    assert same(state.tensors["w"].scale, saved.tensors["w"].scale)
+    assert same(state.tensors["nested"].scale.codes, saved.tensors["nested"].scale.codes)
+    with pytest.raises(CheckpointError, match=r"w is .*Quantised\(\[0\.5\]\) there and .*Quantised\(\[0\.25\]\) here"):
+        load(path, WORLD, live(unit=0.25))
+    with pytest.raises(CheckpointError, match="has no w, which is here"):
+        load(path, WORLD, State({"w": torch.zeros(6, 4), "nested": live().tensors["nested"], "b": torch.zeros(3)}))
+
+
 @pytest.mark.parametrize("names", [("w[0:2]", "__metadata__"), ("__metadata__",)])
 def test_a_name_that_means_something_else_in_a_file_is_refused(store: Store, names: tuple[str, ...]) -> None:
     with pytest.raises(CheckpointError, match="would be called __metadata__"):

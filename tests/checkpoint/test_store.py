@@ -167,6 +167,38 @@ def test_what_cannot_be_removed_is_told_and_does_not_stop_the_run(
     assert names(store) == {f"step-{step:08d}" for step in (7, 8)[-kept:]}
 
 
+def test_a_damaged_one_is_set_aside_and_never_written_over(root: Path) -> None:
+    store = Store(root)
+    for kind, aside in (("first", "step-00000007.bad"), ("second", "step-00000007.bad-2")):
+        assert store.set_aside(save(store, WORLD, 7, state(7, kind), attempt=1)) == root / aside
+    assert (store.steps(), store.newest()) == ([], None)
+    assert [path.name for path in store.bad()] == ["step-00000007.bad", "step-00000007.bad-2"]
+    save(store, WORLD, 8, state(8), attempt=9)
+    assert holds(root / "step-00000007.bad", 7, "first")
+    assert holds(root / "step-00000007.bad-2", 7, "second")
+
+
+def test_the_former_one_stays_until_the_new_one_is_verified(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(root)
+    save(store, WORLD, 7, state(7, "old"), attempt=1)
+    publish = Store.publish
+
+    def torn(self: Store, partial: Path, attempt: int) -> Path:
+        path = publish(self, partial, attempt)
+        [file] = path.glob("node-*")
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "publish", torn)
+        with pytest.raises(CheckpointError, match=r"cannot be read back .* it is .*step-00000007\.bad now"):
+            save(store, WORLD, 7, state(7, "new"), attempt=1)
+    assert holds(store.path(7), 7, "old")
+    save(store, WORLD, 9, state(9), attempt=1)
+    assert holds(root / "step-00000007", 7, "old")
+    assert (root / "step-00000007.bad").is_dir()
+
+
 class Killed(BaseException):
     """Nothing of the code can catch it, so nothing is done after it: what a SIGKILL leaves."""
 
