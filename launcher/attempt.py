@@ -56,6 +56,8 @@ def main(train: Callable[[Run, C], None] | Callable[[Run], None]) -> None:
     except Exception as error:
         attempt.fail(error)
         if attempt.world.world_size == 1:
+            if attempt.run is not None:
+                attempt.run.saver.close()
             raise
         attempt.leave(1)
     if attempt.world.group is not None:

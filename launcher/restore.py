@@ -98,8 +98,7 @@ class Restorer:
             except DamagedError as error:
                 [aside, *_] = agreed(run.world, lambda: self._store.set_aside(path) if run.is_main else None)
                 run.print(f"launcher: PASSED OVER {path.name}, which is now {aside and aside.name}: {error}")
-        [bad, *_] = run.world.gather([found.name for found in self._store.bad()])
-        if bad:
+        if bad := self._damaged():
             raise CheckpointError(
                 f"no checkpoint in {self._store.root} is whole, damaged: {', '.join(bad)}: bring one back from "
                 "elsewhere, or begin again with --run.resume never"
@@ -119,12 +118,16 @@ class Restorer:
         newest: Path | None = self._run.world.broadcast(self._store.newest() if self._run.is_main else None)
         return newest
 
+    def _damaged(self) -> list[str]:
+        """What was set aside, as rank 0 sees it."""
+        return self._run.world.broadcast([path.name for path in self._store.bad()] if self._run.is_main else [])
+
     def _given(self) -> Path | None:
         """The checkpoint that `--run.resume` names, where the run does not go on from one of its own."""
         run, choice, newest = self._run, self._run.config.resume, self._newest()
         if choice == "never" and newest is not None:
             raise UsageError(f"--run.resume never, but {self._rundir.path} holds {newest.name}: take another --run.dir")
-        if choice in ("auto", "never"):
+        if choice in ("auto", "never") or (newest is None and self._damaged()):
             return None
         given = _checkpoint_path(choice, "--run.resume")
         if newest is None or newest.samefile(given):

@@ -204,7 +204,11 @@ def _told(path: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        kind = _kind(error)
+        first = str(error).strip().partition("\n")[0]
+        reason = f"{first or kind}" if kind == "SafetensorError" else f"it is broken ({kind}: {first})"
+        if kind == "UnpicklingError":  # torch's text goes on for a page
+            reason = "weights_only refuses it: it holds more than tensors, which could run code, or is broken"
         raise CheckpointError(f"{path} cannot be read: {reason}") from None
 
 

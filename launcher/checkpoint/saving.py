@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,8 +49,6 @@ class Snapshot:
     attempt: int
     plan: Plan
     aliases: Mapping[str, str]
-    digest: str
-    """Of what all ranks must have alike."""
     values: Mapping[str, Json]
     rank_values: Mapping[str, Json]
     exceptions: tuple[str, ...]
@@ -89,7 +87,6 @@ class Stager:
             attempt=attempt,
             plan=self._plan,
             aliases=aliases,
-            digest=_digest(step, attempt, specs, aliases),
             values=deepcopy(state.values),
             rank_values=deepcopy(state.rank_values),
             exceptions=state.exceptions,
@@ -201,13 +198,12 @@ class _Save:
 
         def work() -> tuple[str, Mapping[str, Json]]:
             self.taken = take()
-            return self.taken.digest, self.taken.rank_values
+            described = json.dumps(_description(self.taken)).encode()
+            return xxhash.xxh3_128_hexdigest(described), self.taken.rank_values
 
         outcomes = agreed(self._world, work)
         if any(digest != outcomes[0][0] for digest, _ in outcomes):
-            taken = self.taken
-            described = _description(taken.step, taken.attempt, taken.plan.specs, taken.aliases)
-            raise CheckpointError(_difference(self._world.gather(described)))
+            raise CheckpointError(_difference(self._world.gather(_description(self.taken))))
         self._rank_values = [values for _, values in outcomes]
 
     def write(self) -> None:
@@ -298,19 +294,12 @@ def _place(spec: TensorSpec, rank: int, box: Box) -> tuple[slice, ...]:
     raise AssertionError(f"rank {rank} is to write {box}, which it does not hold")
 
 
-def _digest(step: int, attempt: int, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]) -> str:
-    """Of what all ranks must have alike."""
-    described = _description(step, attempt, specs, aliases)
-    return xxhash.xxh3_128_hexdigest(json.dumps(described).encode())
-
-
-def _description(
-    step: int, attempt: int, specs: Mapping[str, TensorSpec], aliases: Mapping[str, str]
-) -> dict[str, Json]:
+def _description(taken: Snapshot) -> dict[str, Json]:
     """What all ranks must have alike."""
-    tensors = {name: asdict(spec) for name, spec in sorted(specs.items())}
-    tied = {name: f"tied to {holder}" for name, holder in sorted(aliases.items())}
-    return {"(step)": step, "(attempt)": attempt, **tensors, **tied}
+    specs = sorted(taken.plan.specs.items())
+    tensors = {name: [spec.dtype, spec.shape, spec.mesh, spec.placements, spec.rank0] for name, spec in specs}
+    tied = {name: f"tied to {holder}" for name, holder in sorted(taken.aliases.items())}
+    return {"(step)": taken.step, "(attempt)": taken.attempt, **tensors, **tied}
 
 
 def _difference(descriptions: list[dict[str, Json]]) -> str:
