@@ -73,6 +73,8 @@ class Loop:
             yield self._begin(index, ballot)
             self._end(index)
             index += 1
+            if index == start + 1:
+                self.run.saver.prepare(self)
         self._ended = True
         self.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,12 @@ class Saver:
         self._saving, self._started = 0, 0.0
         """The step whose save was begun last, and when, on `time.monotonic`'s clock."""
         self._final = False
+
+    def prepare(self, loop: Loop) -> None:
+        """After the first step, when the optimizers have their moments: get ready for the first save."""
+        if self._run.config.save_every:
+            with suppress(CheckpointError):  # told by the save itself
+                self.writer.prepare(self._state(loop))
 
     def due(self, step: int, ballot: Ballot) -> bool:
         """Whether to save at this edge; a save that is due while another is being written waits for its end.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 
 __all__ = ["Buffer"]
+
+CHUNK = 64 << 20
 
 
 class Buffer:
@@ -31,6 +35,13 @@ class Buffer:
             if size:
                 self._held = self._allocate(size)
         return self._held[:size]
+
+    def warm(self, size: int) -> None:
+        """Make room for `size` bytes, and touch every page of it; where that is too much, nothing."""
+        with suppress(MemoryError):
+            room = self.room(size).numpy()
+            for start in range(0, size, CHUNK):
+                room[start : start + CHUNK] = 0  # without the interpreter's lock, a piece at a time
 
     def copied(self) -> None:
         """Mark the copies queued so far on the current stream as those to wait for."""

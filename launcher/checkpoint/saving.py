@@ -95,6 +95,17 @@ class Stager:
             data=self._copy(state),
         )
 
+    def prepare(self, state: State) -> Callable[[], None]:
+        """Derive what a snapshot of such a state takes; the result, called in any thread, makes its memory warm.
+
+        Raises:
+            CheckpointError: it cannot be saved.
+        """
+        specs, _ = describe_all(flattened(state), self._world)
+        self._derive(specs)
+        size = self._plan.nbytes(self._world.rank)
+        return lambda: self.buffer.warm(size)
+
     def _derive(self, specs: Mapping[str, TensorSpec]) -> None:
         self._plan = Plan(specs, self._world.world_size)
         rank = self._world.rank

@@ -73,6 +73,15 @@ class Writer:
         """Whether this rank is writing."""
         return self._job is not None
 
+    def prepare(self, state: State) -> None:
+        """Make the memory for saves of such a state warm, beside training: else the first of them would have to.
+
+        Raises:
+            CheckpointError: it cannot be saved.
+        """
+        self._thread = threading.Thread(target=self._stager.prepare(state), name="launcher-warm", daemon=True)
+        self._thread.start()
+
     def start(
         self,
         step: int,
@@ -92,6 +101,7 @@ class Writer:
             tell: called on every rank, in the thread, when the save has ended, before `busy` says so.
         """
         assert not self.busy
+        self.wait()
         begun = time.monotonic()
         take = _taken(lambda: self._stager.take(step, state, attempt=self._attempt, facts=facts))
         self._job = job = _Job(step, take, before, tell, begun, time.monotonic() - begun, self._world)
