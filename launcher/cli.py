@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from launcher.command import local_command, visible_gpus
 from launcher.errors import LauncherError, UsageError
+from launcher.parser import Parser
+from launcher.show import printable
 
 __all__ = ["main"]
 
-COMMANDS = {"run": "run a recipe on this machine"}
+COMMANDS = {
+    "run": "run a recipe on this machine",
+    "ckpt": "look at checkpoints, compare, export, import and prune them",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of a command line (default: this process's): 0 done, 2 usage, 1 failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
     except LauncherError as error:
-        print(f"launcher: {error}", file=sys.stderr)
+        print(f"launcher: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except SystemExit as done:  # argparse, after --help and --version
         return int(done.code or 0)
-    return 0
+    except BrokenPipeError:  # `launcher ckpt ls | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is told of again at exit
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
-def _dispatch(argv: list[str]) -> None:
+def _dispatch(argv: list[str]) -> int:
     parser = Parser(
         prog="launcher",
         description="Run one training recipe, unmodified: as a debug run, on many GPUs, on a cluster.",
@@ -45,6 +54,10 @@ def _dispatch(argv: list[str]) -> None:
         print(f"launcher {_version()}")
     elif command == "run":
         _run(argv[1:])
+    elif command == "ckpt":
+        from launcher.ckpt import main as ckpt  # only then: it looks into xxhash and the room of checkpoints
+
+        return ckpt(argv[1:])
     elif command is None:
         raise UsageError(f"name a command: {', '.join(COMMANDS)} (launcher --help)")
     elif command.endswith(".py"):
@@ -54,6 +67,7 @@ def _dispatch(argv: list[str]) -> None:
         raise UsageError(
             f"unknown command {command}: " + (f"did you mean {near[0]}?" if near else "see launcher --help")
         )
+    return 0
 
 
 def _run(argv: list[str]) -> None:
@@ -97,17 +111,6 @@ def _recipe_index(argv: list[str]) -> int:
             )
         index += 2 if argv[index] in ("--gpus", "--nproc") else 1
     return min(index, len(argv))
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line, and which takes no abbreviations."""
-
-    def __init__(self, **settings: str) -> None:
-        super().__init__(**settings, allow_abbrev=False)  # type: ignore[arg-type]
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `message` as a UsageError."""
-        raise UsageError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
 
 
 def _version() -> str:

@@ -11,9 +11,10 @@ from torch import nn
 
 from launcher import checkpoint
 from launcher.checkpoint.agree import agreed
+from launcher.checkpoint.listing import one_checkpoint
 from launcher.config import check_resume
 from launcher.data import Loader
-from launcher.errors import CheckpointError, DamagedError, UsageError
+from launcher.errors import CheckpointError, DamagedError, LauncherError, UsageError
 from launcher.order import Plan
 from launcher.rundir import RunDir
 from launcher.save import state_of_models
@@ -271,13 +272,8 @@ def _listed(what: str, names: Sequence[str], most: int = 10) -> list[str]:
 
 
 def _checkpoint_path(given: str, option: str) -> Path:
-    """A checkpoint's directory, from its own path or that of a run (its newest)."""
-    path = Path(given)
-    if (path / "checkpoints").is_dir():
-        newest = checkpoint.Store(path / "checkpoints").newest()
-        if newest is None:
-            raise UsageError(f"{option} {given}: the run has no checkpoint")
-        return newest
-    if not (path / "index.json").is_file():
-        raise UsageError(f"{option} {given}: no checkpoint (step-N with an index.json) and no run directory")
-    return path
+    """The checkpoint that an option names, by its own path or by its run's (then the newest)."""
+    try:
+        return one_checkpoint(Path(given))
+    except LauncherError as error:
+        raise UsageError(f"{option} {error}") from None

@@ -58,5 +58,5 @@ def test_lines_that_are_cut_or_no_numbers_are_passed_over(tmp_path: Path) -> Non
 
 def test_no_file_has_no_scores_and_an_unreadable_one_is_told(tmp_path: Path) -> None:
     assert scores(tmp_path / "metrics.jsonl", "val") == {}
-    with pytest.raises(LauncherError, match="cannot read .*: Is a directory"):
+    with pytest.raises(LauncherError, match=r"cannot read .*: Is a directory"):
         scores(tmp_path, "val")

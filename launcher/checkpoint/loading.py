@@ -30,7 +30,7 @@ from launcher.checkpoint.state import SUBCLASSES, State, bits, describe_all, fla
 from launcher.errors import CheckpointError, DamagedError
 from launcher.world import World
 
-__all__ = ["load"]
+__all__ = ["Stage", "load"]
 
 _ALIGNMENT = 64  # bytes
 
@@ -51,7 +51,7 @@ def load(
     """
     room = buffer or Buffer()
     state = flattened(state)
-    staged: list[tuple[Index, _Stage]] = []
+    staged: list[tuple[Index, Stage]] = []
 
     def work() -> None:
         index = read_index(path)
@@ -59,7 +59,7 @@ def load(
         wanted = _match(path.name, index, specs, tied, only)
         _check_subclasses(path.name, index, state, only)
         _check_room(state, wanted)
-        stage = _Stage(path, index, {name: specs[name] for name in wanted}, world.rank, room)
+        stage = Stage(path, index, {name: specs[name] for name in wanted}, world.rank, room)
         _check_files(path, index, world)
         stage.fill(wanted)
         staged.append((index, stage))
@@ -168,7 +168,7 @@ class _Piece:
         )
 
 
-class _Stage:
+class Stage:
     """A rank's local tensors in one buffer, and what of the checkpoint goes where in it."""
 
     def __init__(self, path: Path, index: Index, specs: Mapping[str, TensorSpec], rank: int, buffer: Buffer) -> None:

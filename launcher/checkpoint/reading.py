@@ -11,7 +11,7 @@ from launcher.checkpoint.buffer import Buffer
 from launcher.checkpoint.files import FileReader
 from launcher.checkpoint.index import Index
 from launcher.checkpoint.layout import TensorSpec
-from launcher.checkpoint.loading import _Stage
+from launcher.checkpoint.loading import Stage
 
 __all__ = ["as_written", "read_tensors"]
 
@@ -35,7 +35,7 @@ def read_tensors(path: Path, index: Index, names: Iterable[str]) -> Iterator[tup
     for group in _groups(index, names):
         held = {name: index.tensors[index.holder(name)] for name in group}
         whole = {name: TensorSpec(spec.shape, spec.dtype) for name, spec in held.items()}
-        stage = _Stage(path, index, whole, 0, buffer)
+        stage = Stage(path, index, whole, 0, buffer)
         stage.fill({name: index.holder(name) for name in group})
         for name, bits in stage.tensors():
             yield name, bits.view(index.dtype(name))

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from samples import same, sample, write_checkpoint
 
 from launcher.checkpoint import State, Store, TensorSpec, load, read_index, save, verify
-from launcher.checkpoint.comparing import compare
+from launcher.checkpoint.buffer import Buffer
+from launcher.checkpoint.comparing import compare, numbers
 from launcher.checkpoint.export import export
 from launcher.checkpoint.importing import import_weights
 from launcher.checkpoint.reading import read_tensors
@@ -84,12 +85,42 @@ def test_the_placement_of_tensors_makes_no_difference(path: Path, tmp_path: Path
     assert (found.facts, found.tensors, found.compared) == ([("world_size", 4, 1)], [], 7)
 
 
+def test_no_more_is_held_than_the_largest_tensor(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[int] = []
+
+    class Watched(Buffer):
+        def room(self, size: int) -> torch.Tensor:
+            rooms.append(size)
+            return super().room(size)
+
+    monkeypatch.setattr("launcher.checkpoint.reading.Buffer", Watched)
+    monkeypatch.setattr("launcher.checkpoint.reading._ROOM", 20)
+    list(read_tensors(path, read_index(path), TENSORS))
+    assert (len(rooms), max(rooms)) == (4, 128)  # of 96 bytes, each tensor rounded up to 64: b and c and d share one
+
+
+def test_bits_are_compared_before_numbers() -> None:
+    nan = sample("nan", (500,), torch.bfloat16)
+    assert nan.isnan().any()
+    assert numbers(nan, nan.clone()) is None
+    found = numbers(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]))
+    assert found is not None
+    assert (found.differing, found.largest_abs, found.largest_rel) == (1, 0, 0)
+    found = numbers(torch.tensor([2**62, 5]), torch.tensor([2**62 + 1, 5]))  # alike in float64
+    assert found is not None
+    assert (found.differing, found.largest_abs) == (1, 1)
+
+
 def test_one_file_as_transformers_names_it(path: Path, tmp_path: Path) -> None:
     done = export(path, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == done.files == ["model.safetensors"]
     assert_same(loaded(tmp_path / "out"), model())
     head = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])["__metadata__"] == {"format": "pt"}
+    described = json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])
+    assert described.pop("__metadata__") == {"format": "pt"}
+    start = len(head) - done.nbytes
+    for name, entry in described.items():  # other readers map a tensor where it stands
+        assert (start + entry["data_offsets"][0]) % model()[name].element_size() == 0
     assert done.nbytes == sum(tensor.nbytes for tensor in model().values())
 
 
@@ -235,6 +266,18 @@ def test_a_nested_state_dict_by_its_key(tmp_path: Path) -> None:
 class Evil:
     def __reduce__(self) -> tuple[object, ...]:
         return (os.mkdir, ("pwned",))
+
+
+def test_code_in_a_torch_file_is_told_of(tmp_path: Path) -> None:
+    torch.save({"w": Evil()}, tmp_path / "x.pt")
+    refused(
+        lambda: import_weights(tmp_path / "x.pt", tmp_path / "c"), "it holds more than tensors, which could run code"
+    )
+
+
+def test_a_compressed_torch_file_is_never_unpacked(tmp_path: Path) -> None:
+    torch_files()["compressed"](tmp_path / "x.pt")
+    refused(lambda: import_weights(tmp_path / "x.pt", tmp_path / "c"), "is compressed, which torch.save never does")
 
 
 def torch_files() -> dict[str, Callable[[Path], None]]:

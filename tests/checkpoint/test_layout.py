@@ -18,7 +18,7 @@ from launcher.checkpoint.buffer import Buffer
 from launcher.checkpoint.files import FileEntry, Segment, digest_count, header, part_sizes
 from launcher.checkpoint.index import encode
 from launcher.checkpoint.layout import PIECE, local_shape, parts
-from launcher.checkpoint.loading import _Stage
+from launcher.checkpoint.loading import Stage
 
 MESHES = [None, (1,), (2,), (3,), (4,), (6,), (2, 2), (2, 3), (3, 1), (2, 2, 2)]
 relaxed = settings(deadline=None, database=None, derandomize=True)
@@ -95,7 +95,7 @@ def test_any_placement_is_read_into_any_other(data: st.DataObject) -> None:
         path = Path(directory, "step-00000001")
         index = write_checkpoint(path, {"t": whole}, {"t": there}, ranks(there))
         for rank in range(ranks(here)):
-            stage = _Stage(path, index, {"t": here}, rank, Buffer())
+            stage = Stage(path, index, {"t": here}, rank, Buffer())
             stage.fill({"t": "t"})
             ((name, staged),) = stage.tensors()
             assert name == "t"
