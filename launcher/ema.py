@@ -52,8 +52,16 @@ class EMA:
         return dict(self._average)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take the averages over, in place."""
+        """Take the averages over, in place.
+
+        Raises:
+            ValueError: they are not of this model.
+        """
+        if state.keys() != self._average.keys():
+            raise ValueError(f"it is of other weights: {', '.join(sorted(state.keys() ^ self._average.keys()))}")
         for key, average in self._average.items():
+            if (state[key].shape, state[key].dtype) != (average.shape, average.dtype):
+                raise ValueError(f"{key} is {state[key].dtype} {list(state[key].shape)}")
             average.copy_(state[key])
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -159,7 +160,7 @@ class Restorer:
         for take_over in prepared.finish:
             take_over()
         if index.world_size == run.world_size:
-            self._restore_rank(index)
+            self._restore_rank(path, index)
         if run.scaler is not None and "scaler" in index.values:
             run.scaler.load_state_dict(index.values["scaler"])
         for name, plan in plans.items():
@@ -179,9 +180,9 @@ class Restorer:
             restore_optimizer(state, key, optimizer, names, index)
             for key, optimizer in zip(optimizer_names(run.optimizers), run.optimizers, strict=True)
         ]
-        finish += [
-            restore_tracked(state, key, obj, index) for key, (obj, per_rank) in run.tracked.items() if not per_rank
-        ]
+        for key, (obj, per_rank) in run.tracked.items():
+            if not per_rank:
+                finish.append(partial(_take_over, key, obj, restore_tracked(state, key, obj, index)))
         return _Prepared(state, finish)
 
     def _check(self, index: checkpoint.Index, path: Path, sizes: Mapping[str, int | None]) -> None:
@@ -227,19 +228,20 @@ class Restorer:
                     f"the data of {name!r} had {saved[name]['size']} samples and has {size}: give the same, or accept "
                     "another order with --run.allow data"
                 )
-            if type(saved[name]["samples_seen"]) is not int:
-                raise TypeError("samples_seen is no number")
+            seen = saved[name]["samples_seen"]
+            if type(seen) is not int or not 0 <= seen < 2**63:
+                raise TypeError(f"samples_seen is {str(seen)[:30]}")
 
-    def _restore_rank(self, index: checkpoint.Index) -> None:
+    def _restore_rank(self, path: Path, index: checkpoint.Index) -> None:
         """What is each rank's own: stream cursors, and objects tracked per rank."""
         for key, value in index.rank_values[self._run.rank].items():
             kind, _, name = key.partition("/")
             if kind == "stream":
                 self.cursors[name] = value
             elif name in self._run.tracked:
-                self._run.tracked[name][0].load_state_dict(value)
+                _take_over(name, self._run.tracked[name][0], value)
             else:
-                raise CheckpointError(f"the checkpoint has {name!r}, which is no longer given to run.track")
+                raise CheckpointError(f"{path} has {name!r}, which is no longer given to run.track")
 
 
 class _Prepared(NamedTuple):
@@ -255,6 +257,17 @@ def _understood(path: Path, work: Callable[[], T]) -> T:
         return work()
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold what a run saves ({type(error).__name__}: {error})") from error
+
+
+def _take_over(name: str, tracked: Any, saved: Any) -> None:
+    """Give a tracked object what was saved of it."""
+    try:
+        tracked.load_state_dict(saved)
+    except Exception as error:  # of the recipe's own code, or ours: it may be anything
+        raise CheckpointError(
+            f"run.track(..., {name!r}): its load_state_dict does not take what was saved: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _chosen(state: checkpoint.State, patterns: Sequence[str]) -> set[str]:

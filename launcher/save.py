@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -133,6 +134,8 @@ class Saver:
         """A save has ended; told at once, from the thread that wrote it."""
         if outcome.path is not None:
             self.published = outcome.step
+        elif outcome.broken and not self._run.is_main:
+            print(f"launcher: rank {self._run.rank}: {outcome.error}", file=sys.stderr, flush=True)
         elif not self._final:  # else it is the run's failure, and told as that
             self._run.print(f"launcher: NOT SAVED, training goes on: {outcome.error}")
         if self._run.is_main and outcome.path is not None:

@@ -82,6 +82,9 @@ def restore_optimizer(
     groups = list(
         zip(optimizer.param_groups, optimizer.initial_groups, saved["initial_groups"], saved["groups"], strict=True)
     )
+    for _, initial, then, now in groups:
+        _check_hyperparameters(_jsonable(initial), then)
+        _check_hyperparameters(_jsonable(initial), now)
     by_name = {
         names[id(parameter)]: (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
     }
@@ -115,8 +118,8 @@ def add_tracked(state: State, name: str, tracked: Any) -> None:
     state.values[f"track/{name}"] = _flatten(tracked.state_dict(), f"track/{name}", state.tensors)
 
 
-def restore_tracked(state: State, name: str, tracked: Any, index: Index) -> Callable[[], None]:
-    """Make room for an object's tensors; call the result once they are read."""
+def restore_tracked(state: State, name: str, tracked: Any, index: Index) -> Any:
+    """Make room for an object's tensors; its state dict, to be loaded once they are read."""
     if f"track/{name}" not in index.values:
         raise CheckpointError(f"the checkpoint has nothing for run.track(..., {name!r}): it was saved without it")
     live: dict[str, torch.Tensor] = {}
@@ -128,8 +131,7 @@ def restore_tracked(state: State, name: str, tracked: Any, index: Index) -> Call
             same = like is not None and tuple(like.shape) == tuple(spec.shape)
             rooms[entry] = torch.zeros_like(like) if same and like is not None else _empty(index, entry)
     state.tensors |= rooms
-    restored = _unflatten(index.values[f"track/{name}"], rooms)
-    return lambda: tracked.load_state_dict(restored)
+    return _unflatten(index.values[f"track/{name}"], rooms)
 
 
 def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:
@@ -175,6 +177,27 @@ def _room(index: Index, entry: str, parameter: nn.Parameter, group: Mapping[str,
 
 def _empty(index: Index, entry: str) -> torch.Tensor:
     return torch.zeros(tuple(index.tensors[entry].shape), dtype=index.dtype(entry))
+
+
+def _check_hyperparameters(live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse values that the optimizer could not have had.
+
+    Raises:
+        TypeError: a saved one is of another kind than the live one.
+    """
+    for key, value in saved.items():
+        if key in live and not _alike(live[key], value):
+            raise TypeError(f"{key} is {str(value)[:30]}")
+
+
+def _alike(live: Any, saved: Any) -> bool:
+    if isinstance(live, list):
+        return isinstance(saved, list) and len(live) == len(saved) and all(map(_alike, live, saved))
+    if isinstance(live, bool | None):  # foreach, fused: unsaid may become said
+        return isinstance(saved, bool | None)
+    if isinstance(live, int | float):
+        return isinstance(saved, float) or (type(saved) is int and abs(saved) < 2**63)
+    return isinstance(saved, type(live))
 
 
 def _make_moments(optimizer: Optimizer) -> None:

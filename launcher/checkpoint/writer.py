@@ -35,6 +35,8 @@ class Outcome:
     """Seconds for which this rank's training waited."""
     seconds: float
     """Seconds from the start until the checkpoint was durable and verified, and older ones pruned."""
+    broken: bool = False
+    """Whether this rank alone has ended like this."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Writer:
             broken = True  # its peers may be waiting for it
         if self._job is not job:
             return
-        outcome = Outcome(job.step, path, error, job.blocked, time.monotonic() - job.begun)
+        outcome = Outcome(job.step, path, error, job.blocked, time.monotonic() - job.begun, broken)
         try:
             job.tell(outcome)
         finally:
