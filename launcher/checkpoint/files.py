@@ -49,6 +49,9 @@ BLOCK = 8 << 20
 DIGEST = 16
 """Bytes of a digest."""
 
+MOST_PLACES = 1000
+"""Into which one call reads; Linux takes 1,024."""
+
 METADATA = "__metadata__"
 """The entry of a safetensors header that is no tensor."""
 
@@ -233,25 +236,31 @@ class FileReader:
     def read(self, segment: Segment, start: int, out: memoryview) -> None:
         """Fill `out` with the segment's bytes from `start` on.
 
-        A whole block goes straight to its place. Of others the latest is kept, so that ranges read in ascending
-        order read each block once.
-
         Raises:
             DamagedError: a block is not what was written, or cannot be read.
         """
-        while len(out):
-            block, skip = divmod(start, BLOCK)
+        self.scatter(segment, [(start, out)])
+
+    def scatter(self, segment: Segment, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill several ranges of a segment, each given by its start; ascending, and apart from each other.
+
+        A block that they fill goes straight to their places. Of others the latest is kept, so that ranges read in
+        ascending order, also by several calls, read each block once.
+
+        Raises:
+            DamagedError: as `read`.
+        """
+        for block, outs in _by_block(ranges):
             size = min(BLOCK, segment.size - block * BLOCK)
-            count = min(size - skip, len(out))
-            if count == size:
-                self._fetch(segment, block, out[:count])
-            else:
-                if self._held != (segment.offset, block):
-                    self._held, self._scratch = (-1, -1), self._scratch or bytearray(BLOCK)
-                    self._fetch(segment, block, memoryview(self._scratch)[:size])
-                    self._held = (segment.offset, block)
-                out[:count] = memoryview(self._scratch)[skip : skip + count]
-            start, out = start + count, out[count:]
+            if sum(len(out) for _, out in outs) == size and len(outs) <= MOST_PLACES:
+                self._fetch(segment, block, [out for _, out in outs])
+                continue
+            if self._held != (segment.offset, block):
+                self._held, self._scratch = (-1, -1), self._scratch or bytearray(BLOCK)
+                self._fetch(segment, block, [memoryview(self._scratch)[:size]])
+                self._held = (segment.offset, block)
+            for skip, out in outs:
+                out[:] = memoryview(self._scratch)[skip : skip + len(out)]
 
     def verify(self, segment: Segment) -> None:
         """Read every block of a segment.
@@ -264,18 +273,42 @@ class FileReader:
             self.read(segment, start, scratch[: segment.size - start])
         os.posix_fadvise(self._fd, segment.offset, segment.size, os.POSIX_FADV_DONTNEED)
 
-    def _fetch(self, segment: Segment, block: int, out: memoryview) -> None:
-        start, filled = segment.offset + block * BLOCK, 0
-        while filled < len(out):
+    def _fetch(self, segment: Segment, block: int, outs: Sequence[memoryview]) -> None:
+        """Read a block, all of it, into places that it fills one after another."""
+        start = at = segment.offset + block * BLOCK
+        left = list(outs)
+        while left:
             try:
-                count = os.preadv(self._fd, [out[filled:]], start + filled)
+                count = os.preadv(self._fd, left, at)
             except OSError as error:
                 raise DamagedError(f"{self._where} cannot be read: {error.strerror}") from None
             if count == 0:
-                raise DamagedError(f"{self._where} ends at byte {start + filled}: it was cut while being read")
-            filled += count
-        if xxhash.xxh3_128_digest(out) != segment.digests[block * DIGEST : (block + 1) * DIGEST]:
-            raise DamagedError(f"{self._where} is damaged: bytes {start} to {start + len(out)} fail their digest")
+                raise DamagedError(f"{self._where} ends at byte {at}: it was cut while being read")
+            at += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if left:
+                left[0] = left[0][count:]
+        digest = xxhash.xxh3_128()
+        for out in outs:
+            digest.update(out)
+        if digest.digest() != segment.digests[block * DIGEST : (block + 1) * DIGEST]:
+            raise DamagedError(f"{self._where} is damaged: bytes {start} to {at} fail their digest")
+
+
+def _by_block(ranges: Sequence[tuple[int, memoryview]]) -> list[tuple[int, list[tuple[int, memoryview]]]]:
+    """The ranges, cut at the blocks' edges: for each block what is wanted of it, by its place in the block."""
+    blocks: list[tuple[int, list[tuple[int, memoryview]]]] = []
+    for first, whole in ranges:
+        start, out = first, whole
+        while len(out):
+            block, skip = divmod(start, BLOCK)
+            if not blocks or blocks[-1][0] != block:
+                blocks.append((block, []))
+            count = min(BLOCK - skip, len(out))
+            blocks[-1][1].append((skip, out[:count]))
+            start, out = start + count, out[count:]
+    return blocks
 
 
 def fsync_directory(path: Path) -> None:

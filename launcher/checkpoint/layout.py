@@ -140,6 +140,7 @@ def parts(spec: TensorSpec, rank: int) -> list[tuple[Box, tuple[int, ...]]]:
     return list(zip(_grid(axes), product(*map(_positions, axes)), strict=True))
 
 
+@lru_cache(maxsize=65536)
 def local_shape(spec: TensorSpec, rank: int) -> tuple[int, ...]:
     """The shape of the local tensor of `rank`."""
     return tuple(_count(axis) for axis in _axes(spec, rank))
@@ -201,8 +202,12 @@ class Plan:
     def _part(self, rank: int) -> list[Write]:
         writes: list[Write] = []
         offset = 0
+        alike: dict[object, list[Box]] = {}  # the layers of a model are
         for name, spec in self.specs.items():
-            for box in self._written(name, spec, rank):
+            key = (spec, self._writers[name])
+            if key not in alike:
+                alike[key] = list(self._written(name, spec, rank))
+            for box in alike[key]:
                 writes.append(Write(name, box, offset, nbytes := box.numel * spec.itemsize))
                 offset += nbytes
         return writes

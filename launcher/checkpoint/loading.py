@@ -200,16 +200,18 @@ class Stage:
         for file, of_file in groupby(pieces, key=lambda piece: parts[piece.rank][0]):
             with FileReader(self._path, self._index.files[file]) as reader:
                 for rank, of_part in groupby(of_file, key=lambda piece: piece.rank):
+                    straight: list[tuple[int, memoryview]] = []
                     for joined in _joined(of_part):
-                        self._read(reader, parts[rank][1], joined)
+                        if len(joined) == 1 and joined[0].straight:
+                            piece, size = joined[0], joined[0].stop - joined[0].start
+                            straight.append((piece.start, self._buffer.data[piece.target : piece.target + size]))
+                        else:
+                            self._read(reader, parts[rank][1], joined)
+                    reader.scatter(parts[rank][1], straight)
 
     def _read(self, reader: FileReader, part: Segment, pieces: list[_Piece]) -> None:
-        """Read pieces whose ranges overlap; a single one goes straight to its place if it is all of its range."""
+        """Read pieces whose ranges overlap, or have gaps."""
         start, stop = pieces[0].start, max(piece.stop for piece in pieces)
-        if len(pieces) == 1 and pieces[0].straight:
-            target = pieces[0].target
-            reader.read(part, start, self._buffer.data[target : target + stop - start])
-            return
         scratch = np.empty(stop - start, dtype=np.uint8)
         reader.read(part, start, scratch.data)
         for piece in pieces:

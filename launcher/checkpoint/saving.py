@@ -115,6 +115,7 @@ class Stager:
             if write.nbytes
         ]
 
+    @torch.no_grad()
     def _copy(self, state: State) -> torch.Tensor:
         """This rank's part, as bytes in the order of the plan."""
         data = self.buffer.room(self._plan.nbytes(self._world.rank))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from launcher.sharded import is_sharded, local
 from launcher.world import World
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
 __all__ = ["DTYPES", "SUBCLASSES", "State", "bits", "describe", "describe_all", "flattened", "local_bits"]
@@ -84,10 +86,17 @@ def describe(tensor: torch.Tensor, *, rank0: bool = False) -> TensorSpec:
         raise ValueError(f"is {kind}: a checkpoint holds dense tensors that have data")
     if tensor.dtype not in _NAMES:
         raise ValueError(f"is {tensor.dtype}, which a checkpoint cannot hold")
-    spec = TensorSpec(tuple(tensor.shape), _NAMES[tensor.dtype], rank0=rank0)
-    return _on_mesh(cast("DTensor", tensor), spec) if is_sharded(tensor) else spec
+    shape, dtype = tuple(tensor.shape), _NAMES[tensor.dtype]
+    if not is_sharded(tensor):
+        return TensorSpec(shape, dtype, rank0=rank0)
+    if rank0:
+        raise ValueError("is a DTensor, so no one rank has a copy that counts")
+    sharded = cast("DTensor", tensor)
+    placements = tuple(_placement(placement, tensor.dim()) for placement in sharded.placements)
+    return TensorSpec(shape, dtype, _mesh_shape(sharded.device_mesh), placements)
 
 
+@torch.no_grad()
 def describe_all(state: State, world: World) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """The specs of what is to be written or filled, by name, and the names that are tied to others of them.
 
@@ -189,15 +198,13 @@ def bits(flat: torch.Tensor, itemsize: int) -> torch.Tensor:
     return flat.view(_BITS[itemsize])
 
 
-def _on_mesh(tensor: DTensor, spec: TensorSpec) -> TensorSpec:
-    """The spec of a DTensor."""
-    if spec.rank0:
-        raise ValueError("is a DTensor, so no one rank has a copy that counts")
-    mesh = tensor.device_mesh.mesh
+@lru_cache(maxsize=64)
+def _mesh_shape(device_mesh: DeviceMesh) -> tuple[int, ...]:
+    """The shape of a mesh of all ranks in order; the tensors of a model share one."""
+    mesh = device_mesh.mesh
     if mesh.flatten().tolist() != list(range(mesh.numel())):
         raise ValueError(f"is on a mesh of ranks {mesh.tolist()}: a checkpoint knows meshes of all ranks in order")
-    placements = tuple(_placement(placement, tensor.dim()) for placement in tensor.placements)
-    return replace(spec, mesh=tuple(mesh.shape), placements=placements)
+    return tuple(mesh.shape)
 
 
 def _placement(placement: Placement, dimensions: int) -> str:
