@@ -54,7 +54,7 @@ class RunConfig:
     keep: int = 2
     """Checkpoints kept; older ones go once a newer one is published and verified."""
     keep_every: int = 0
-    """Also keep, for ever, each checkpoint of a step that this divides; 0: none."""
+    """Also keep, for ever, the first checkpoint at or after every so many steps; 0: none."""
     keep_best: str | None = None
     """Also keep the best by a metric that is logged for its step: `val_loss:min`, `accuracy:max`."""
     log_every: int = 10

@@ -61,7 +61,7 @@ class Loop:
             ballot = self.agreement.result()
             self.metrics.settle(ballot)
             last = bool(ballot.exhausted or ballot.finish) or (self.total is not None and index >= self.total)
-            save = index > start and self.run.saver.due(index, ballot) and not last
+            save = not last and self.run.saver.due(index, ballot)
             if last or save or ballot.stop:
                 self.flush()
             if ballot.stop:

@@ -13,13 +13,23 @@ from torch import nn
 from launcher import checkpoint
 from launcher.checkpoint.agree import agreed
 from launcher.checkpoint.listing import one_checkpoint
+from launcher.checkpoint.state import check_state, flattened
 from launcher.config import check_resume
 from launcher.data import Loader
 from launcher.errors import CheckpointError, DamagedError, LauncherError, UsageError
 from launcher.order import Plan
 from launcher.rundir import RunDir
 from launcher.save import state_of_models
-from launcher.state import add_module, optimizer_names, parameter_names, restore_optimizer, restore_tracked
+from launcher.state import (
+    add_module,
+    add_tracked,
+    add_tracked_here,
+    optimizer_names,
+    parameter_names,
+    restore_optimizer,
+    restore_tracked,
+    tracked_here,
+)
 from launcher.world import World
 
 if TYPE_CHECKING:
@@ -40,6 +50,8 @@ class Restorer:
         """Where each stream goes on, on this rank."""
         self.metrics: dict[str, Any] = {}
         """The metrics line of the step that was restored."""
+        self.own = False
+        """Whether that is of this run's own checkpoints."""
         self._run, self._rundir, self._store = run, rundir, store
         self._attempt, self._settings = attempt, settings
 
@@ -69,6 +81,11 @@ class Restorer:
                 + "; ".join([*_listed(f"of {name!r} it lacks", missing), *_listed("it also has", left)])
                 + " (--run.init-only 'blocks.*' takes a part of it by name)"
             )
+        for tied, holder in state.aliases.items():
+            if holder in chosen and {tied, holder} <= there and index.holder(tied) != index.holder(holder):
+                raise CheckpointError(
+                    f"--run.init-from {path}: {tied} is tied to {holder} here and has data of its own there"
+                )
         wanted = chosen & there
         if goes_on:
             wanted &= frozen
@@ -98,12 +115,13 @@ class Restorer:
             try:
                 return self._load(path, plans, loaders)
             except DamagedError as error:
-                [aside, *_] = agreed(run.world, lambda: self._store.set_aside(path) if run.is_main else None)
-                run.print(f"launcher: PASSED OVER {path.name}, which is now {aside and aside.name}: {error}")
+                damage = error
+            [aside, *_] = agreed(run.world, partial(self._set_aside, path, damage))
+            run.print(f"launcher: PASSED OVER {path.name}, which is now {aside}: {damage}")
         if bad := self._damaged():
             raise CheckpointError(
-                f"no checkpoint in {self._store.root} is whole, damaged: {', '.join(bad)}: bring one back from "
-                "elsewhere, or begin again with --run.resume never"
+                f"no checkpoint in {self._store.root} is whole, damaged: {', '.join(bad)}: bring one back (one that is "
+                "renamed to step-N counts again), or begin again with --run.resume never"
             )
         if self._attempt > 1:
             run.print("launcher: the run has no checkpoint yet: it begins with step 0")
@@ -111,9 +129,26 @@ class Restorer:
 
     def _begin(self) -> None:
         """Refuse before the first step what could not be saved after it; remove what killed saves have left."""
-        checkpoint.describe_all(state_of_models(self._run), self._run.world)
+        state = state_of_models(self._run)
+        for key, (obj, per_rank) in self._run.tracked.items():
+            (add_tracked_here if per_rank else add_tracked)(state, key, obj)
+        check_state(flattened(state), self._run.world)
         if self._run.is_main:
             self._store.clean(self._attempt)
+
+    def _set_aside(self, path: Path, damage: DamagedError) -> str:
+        """On rank 0, rename what is damaged, if it is so there too: what one machine cannot see may be whole.
+
+        Raises:
+            CheckpointError: it is whole here.
+        """
+        if not self._run.is_main:
+            return ""
+        try:
+            checkpoint.verify(path)
+        except DamagedError:
+            return self._store.set_aside(path).name
+        raise CheckpointError(f"{damage}; but rank 0 finds {path.name} whole: look at the other machine's disks")
 
     def _newest(self) -> Path | None:
         """The run's newest checkpoint, as rank 0 sees it."""
@@ -166,6 +201,7 @@ class Restorer:
         for name, plan in plans.items():
             seen = index.values["loaders"][name]["samples_seen"]
             plans[name] = Plan(plan.batch_size, plan.microbatch_size, plan.end, base=seen, base_step=index.step)
+        self.own = path.parent.samefile(self._store.root) if self._store.root.exists() else False
         line = index.facts.get("metrics")
         self.metrics = line if isinstance(line, dict) else {}
         run.print(f"resumed from {path} at step {index.step}")
@@ -239,7 +275,7 @@ class Restorer:
             if kind == "stream":
                 self.cursors[name] = value
             elif name in self._run.tracked:
-                _take_over(name, self._run.tracked[name][0], value)
+                _take_over(name, self._run.tracked[name][0], tracked_here(value))
             else:
                 raise CheckpointError(f"{path} has {name!r}, which is no longer given to run.track")
 

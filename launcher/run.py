@@ -26,7 +26,7 @@ from launcher.rundir import RunDir
 from launcher.save import Saver
 from launcher.seeds import WEIGHTS, kept_host_generators, mix, seed_host
 from launcher.signals import Signals, Stopped
-from launcher.state import frozen_digest, parameter_names
+from launcher.state import ExtraState, frozen_digest, parameter_names
 from launcher.step import Step
 from launcher.world import World
 
@@ -143,6 +143,8 @@ class Run:
         wrapped = wrap(model, self.config, self.world, self._accelerator, blocks=blocks, unused=find_unused_parameters)
         if not frozen:
             self.models[name] = wrapped
+            if extra := ExtraState(wrapped):
+                self.track(extra, f"{name}, extra state")
         return wrapped  # type: ignore[return-value]  # under DDP a Replica, which lends M's attributes
 
     def optimizer(self, inner: torch.optim.Optimizer) -> Optimizer:
@@ -235,7 +237,7 @@ class Run:
         plans = plan_steps(loaders, self.world_size, total=total, epochs=epochs)
         self._say_caveats(loaders)
         self.completed = self._restorer.restore(plans, loaders)
-        self.saver.published = self.completed or None
+        self.saver.begin(self.completed, own=self._restorer.own)
         if epochs is not None:
             total = plans[next(iter(plans))].steps()
         if total is not None and self.completed > total:

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from launcher.errors import CheckpointError, LauncherError
 from launcher.parallel import reshard
 from launcher.rundir import RunDir
 from launcher.scores import scores
-from launcher.state import add_module, add_optimizer, add_tracked, optimizer_names, parameter_names
+from launcher.state import add_module, add_optimizer, add_tracked, add_tracked_here, optimizer_names, parameter_names
 
 if TYPE_CHECKING:
     from launcher.loop import Loop
@@ -51,12 +50,21 @@ class Saver:
         self._saving, self._started = 0, 0.0
         """The step whose save was begun last, and when, on `time.monotonic`'s clock."""
         self._final = False
+        self._begun = 0
+
+    def begin(self, step: int, *, own: bool) -> None:
+        """The run goes on from `step`; if that is of another run's checkpoint, it is to have one of its own at once."""
+        self._begun = step
+        self.published = step if own else None
+        self._waiting = step if step and not own else None
 
     def prepare(self, loop: Loop) -> None:
-        """After the first step, when the optimizers have their moments: get ready for the first save."""
-        if self._run.config.save_every:
-            with suppress(CheckpointError):  # told by the save itself
-                self.writer.prepare(self._state(loop))
+        """After the first step, when the optimizers have their moments: get ready for the first save.
+
+        Raises:
+            CheckpointError: something cannot be saved exactly: better now than after the last step.
+        """
+        self.writer.prepare(self._state(loop), warm=self._run.config.save_every > 0)
 
     def due(self, step: int, ballot: Ballot) -> bool:
         """Whether to save at this edge; a save that is due while another is being written waits for its end.
@@ -68,7 +76,7 @@ class Saver:
             run.print("launcher: the thread that writes checkpoints has ended; training waits for saves from now on")
             self.writer.fall_back(run.world)
         free = bool(ballot.broken) or not ballot.writing
-        if run.config.save_every and step % run.config.save_every == 0:
+        if run.config.save_every and step % run.config.save_every == 0 and step > self._begun:
             if not free and self._waiting is not None:
                 seconds = time.monotonic() - self._started
                 run.print(
@@ -157,7 +165,7 @@ class Saver:
             add_optimizer(state, key, optimizer, names)
         for key, (obj, per_rank) in run.tracked.items():
             if per_rank:
-                state.rank_values[f"track/{key}"] = obj.state_dict()
+                add_tracked_here(state, key, obj)
             else:
                 add_tracked(state, key, obj)
         state.rank_values |= {f"stream/{name}": cursor for name, cursor in loop.cursors().items()}

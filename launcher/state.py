@@ -5,6 +5,7 @@ Names are the plain module's: `model/blocks.0.weight`, `optimizer/exp_avg/model/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,18 +20,22 @@ from launcher.optim import Optimizer, hyperparameters
 from launcher.parallel import plain_name
 
 __all__ = [
+    "ExtraState",
     "add_module",
     "add_optimizer",
     "add_tracked",
+    "add_tracked_here",
     "frozen_digest",
     "optimizer_names",
     "parameter_names",
     "restore_optimizer",
     "restore_tracked",
+    "tracked_here",
 ]
 
-# Stand in a tracked object's JSON for what JSON has not: a tensor, by its name; a tuple; keys that are no text.
-TENSOR, TUPLE, ITEMS = "$tensor", "$tuple", "$items"
+# Stand in a tracked object's JSON for what JSON has not: a tensor, by its name; a tuple; keys that are no text; an
+# infinite number, or none.
+TENSOR, TUPLE, ITEMS, FLOAT = "$tensor", "$tuple", "$items", "$float"
 
 
 def add_module(state: State, name: str, model: nn.Module, *, frozen: bool = False) -> None:
@@ -56,7 +61,10 @@ def add_optimizer(state: State, name: str, optimizer: Optimizer, names: Mapping[
     scalars: dict[str, dict[str, Any]] = {}
     for parameter, moments in optimizer.inner.state.items():
         for key, value in moments.items():
-            full = names[id(parameter)]
+            full = names.get(id(parameter))
+            if full is None:
+                whose = f"{type(optimizer.inner).__name__} keeps {key!r} under {str(parameter)[:40]!r}"
+                raise CheckpointError(f"{whose}, which is no parameter of the model: a checkpoint has no place for it")
             if isinstance(value, torch.Tensor):
                 state.tensors[f"{name}/{key}/{full}"] = value
             else:
@@ -99,7 +107,7 @@ def restore_optimizer(
         if entry.startswith(f"{name}/") and full in by_name:
             parameter, group = by_name[full]
             made = optimizer.inner.state[parameter].get(key) if entry in subclasses else None
-            state.tensors[entry] = _room(index, entry, parameter, group) if made is None else made
+            state.tensors[entry] = _room(index, entry, key, parameter, group) if made is None else made
             moments[parameter][key] = state.tensors[entry]
 
     def take_over() -> None:
@@ -116,6 +124,46 @@ def restore_optimizer(
 def add_tracked(state: State, name: str, tracked: Any) -> None:
     """Add an object with `state_dict`: its tensors under their names, the rest as JSON."""
     state.values[f"track/{name}"] = _flatten(tracked.state_dict(), f"track/{name}", state.tensors)
+
+
+def add_tracked_here(state: State, name: str, tracked: Any) -> None:
+    """Add an object of which each rank keeps its own.
+
+    Raises:
+        RecipeError: it holds tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    state.rank_values[f"track/{name}"] = _flatten(tracked.state_dict(), f"track/{name}", tensors)
+    if tensors:
+        raise RecipeError(f"run.track(..., {name!r}, per_rank=True): {min(tensors)} is a tensor; give numbers and text")
+
+
+class ExtraState:
+    """What modules keep beside parameters and buffers (`get_extra_state`), to be tracked like any other object."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {
+            plain_name(key): module
+            for key, module in model.named_modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    def state_dict(self) -> dict[str, Any]:
+        """By the module's name."""
+        return {key: module.get_extra_state() for key, module in self._modules.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give every module its own."""
+        for key, module in self._modules.items():
+            module.set_extra_state(state[key])
+
+
+def tracked_here(value: Any) -> Any:
+    """The state dict that `add_tracked_here` took."""
+    return _unflatten(value, {})
 
 
 def restore_tracked(state: State, name: str, tracked: Any, index: Index) -> Any:
@@ -166,13 +214,15 @@ def _add(state: State, name: str, tensor: torch.Tensor, first: dict[int, str], k
         state.tensors[name] = tensor
 
 
-def _room(index: Index, entry: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
-    """A tensor for a moment: like its parameter where it has its shape, else where torch's optimizers keep a scalar."""
+def _room(index: Index, entry: str, key: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor for a moment: like its parameter where it has its shape; the count of steps where torch keeps it."""
     spec = index.tensors[entry]
-    if tuple(spec.shape) == tuple(parameter.shape) and parameter.dim():
+    if key == "step" and not spec.shape:
+        on_device = group.get("fused") or group.get("capturable")
+        return _empty(index, entry).to(parameter.device if on_device else torch.device("cpu"))
+    if tuple(spec.shape) == tuple(parameter.shape):
         return torch.zeros_like(parameter.detach(), dtype=index.dtype(entry))
-    on_host = not spec.shape and not group.get("fused") and not group.get("capturable")
-    return _empty(index, entry).to(torch.device("cpu") if on_host else parameter.device)
+    return _empty(index, entry).to(parameter.device)
 
 
 def _empty(index: Index, entry: str) -> torch.Tensor:
@@ -236,12 +286,14 @@ def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {TENSOR: path}
     if isinstance(value, Mapping):
         inner = [(key, _flatten(item, f"{path}/{key}", tensors)) for key, item in value.items()]
-        if all(isinstance(key, str) for key, _ in inner) and not {TENSOR, TUPLE, ITEMS} & set(value):
+        if all(isinstance(key, str) for key, _ in inner) and not {TENSOR, TUPLE, ITEMS, FLOAT} & set(value):
             return dict(inner)
         return {ITEMS: [[_flatten(key, path, tensors), item] for key, item in inner]}
     if isinstance(value, list | tuple):
         items = [_flatten(item, f"{path}/{k}", tensors) for k, item in enumerate(value)]
         return {TUPLE: items} if isinstance(value, tuple) else items
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT: repr(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise RecipeError(f"run.track: {path} is a {type(value).__name__}; a state_dict holds tensors, numbers and text")
@@ -254,6 +306,8 @@ def _unflatten(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return value
     if set(value) == {TENSOR}:
         return tensors[value[TENSOR]]
+    if set(value) == {FLOAT}:
+        return float(value[FLOAT])
     if set(value) == {TUPLE}:
         return tuple(_unflatten(item, tensors) for item in value[TUPLE])
     if set(value) == {ITEMS}:

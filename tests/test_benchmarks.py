@@ -94,3 +94,38 @@ def test_rates_leave_out_the_warm_up(module):
 def test_a_variant_that_runs_out_of_time_is_told(module, tmp_path, seconds, told):
     gpu = module("gpu")
     assert gpu.measure("eager", gpu.TINY, tmp_path, seconds, dry_run=True) == {"failed": told}
+
+
+def test_checkpoint_compares_with_the_raw_disk_and_a_peer(tmp_path):
+    out = tmp_path / "result.json"
+    names = ["launcher", "dcp async"]
+    sizes = ["--gigabytes", 0.004, "--rounds", 1, "--dir", tmp_path]
+    code, said = run(sys.executable, BENCHMARKS / "checkpoint.py", *sizes, "--only", *names, "--out", out)
+    assert code == 0, said
+    result = json.loads(out.read_text())
+    rows = result["contenders"]
+    assert rows.keys() == {"raw", "control", *names}
+    assert rows["raw"]["durable"]["ratio"] == rows["raw"]["cold"]["ratio"] == 1
+    for name in names:
+        assert 0 < rows[name]["blocked"]["s"] < rows[name]["durable"]["s"]
+        assert rows[name]["cold"]["s"] > 0
+        assert rows[name]["memory_to_save_gb"] >= 0
+        assert rows[name]["first_load_s"] > 0
+        assert result["beside_training"][name]["median"]["ratio"] > 0
+    assert rows["launcher"]["verified"]["s"] > rows["launcher"]["durable"]["s"]
+    assert rows["dcp async"]["durable"]["of_the_launchers"]["ratio"] > 0
+    assert all(plan["files"] <= plan["nodes"] for plan in result["large_job"])
+    targets = result["targets"]
+    assert {"blocked at most 1.2 of the measure", "cold ahead of dcp async"} <= targets.keys()
+    assert all(f"{'met   ' if target['met'] else 'MISSED'} {name}" in said for name, target in targets.items())
+    assert os.uname().nodename not in out.read_text()
+    assert not [path for path in tmp_path.iterdir() if path != out], "nothing is left behind"
+
+
+def test_a_contender_of_checkpoints_that_fails_is_told_with_what_it_said(tmp_path):
+    job = f"checkpoint.start('times', Path({str(tmp_path / 'job')!r}), 0.001, 1, ['nobody'])"
+    script = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import checkpoint; from pathlib import Path; {job}"
+    code, said = run(sys.executable, "-c", script)
+    assert code == 1
+    assert "times 0.001 1 ['nobody'] failed" in said
+    assert "KeyError: 'nobody'" in said

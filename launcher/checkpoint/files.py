@@ -192,8 +192,9 @@ def open_file(path: Path) -> tuple[int, int]:
     """A descriptor for reading an ordinary file of a checkpoint, and the file's size.
 
     Raises:
-        DamagedError: it is missing, unreadable, or something else than an ordinary file: a link could lead
-            anywhere, and a pipe would never end.
+        DamagedError: it is missing, or something else than an ordinary file: a link could lead anywhere, and a pipe
+            would never end.
+        CheckpointError: it cannot be read here, which says nothing of what it holds.
     """
     where = f"{path.parent.name}/{path.name}"
     try:
@@ -203,7 +204,7 @@ def open_file(path: Path) -> tuple[int, int]:
     except OSError as error:
         if path.is_symlink():
             raise DamagedError(f"{where} is a link: a checkpoint is read from ordinary files only") from None
-        raise DamagedError(f"{where} cannot be read: {error.strerror}") from None
+        raise _unreadable(where, error) from None
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
         os.close(fd)
@@ -281,7 +282,7 @@ class FileReader:
             try:
                 count = os.preadv(self._fd, left, at)
             except OSError as error:
-                raise DamagedError(f"{self._where} cannot be read: {error.strerror}") from None
+                raise _unreadable(self._where, error) from None
             if count == 0:
                 raise DamagedError(f"{self._where} ends at byte {at}: it was cut while being read")
             at += count
@@ -294,6 +295,12 @@ class FileReader:
             digest.update(out)
         if digest.digest() != segment.digests[block * DIGEST : (block + 1) * DIGEST]:
             raise DamagedError(f"{self._where} is damaged: bytes {start} to {at} fail their digest")
+
+
+def _unreadable(where: str, error: OSError) -> CheckpointError:
+    """What the system says of a file: a bad disk is damage, all else is of this machine, or of this moment."""
+    kind = DamagedError if error.errno == errno.EIO else CheckpointError
+    return kind(f"{where} cannot be read here: {error.strerror}")
 
 
 def _by_block(ranges: Sequence[tuple[int, memoryview]]) -> list[tuple[int, list[tuple[int, memoryview]]]]:

@@ -39,6 +39,8 @@ def import_weights(
         UsageError: the source is no such thing, or the output is in use.
         CheckpointError: the source is broken, or holds what a checkpoint cannot.
     """
+    if not name or "/" in name:
+        raise UsageError(f"--name {name}: what run.build calls the model, a word without a slash")
     if not source.exists():
         raise UsageError(f"{source}: there is no such file or directory")
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):

@@ -118,7 +118,7 @@ def read_index(path: Path) -> Index:
         try:
             data = file.read(size)
         except OSError as error:
-            raise DamagedError(f"{path.name}/{INDEX} cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{path.name}/{INDEX} cannot be read here: {error.strerror}") from None
     try:
         return decode(data)
     except OtherVersion as error:

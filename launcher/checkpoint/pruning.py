@@ -82,10 +82,8 @@ def _reasons(sound: list[Row], retention: Retention, values: Mapping[int, float]
     reasons: dict[int, list[str]] = {}
     for step in Retention(retention.last).kept(steps, {}):
         reasons.setdefault(step, []).append(f"of the last {retention.last}" if retention.last > 1 else "the last")
-    if retention.every:
-        for step in steps:
-            if step % retention.every == 0:
-                reasons.setdefault(step, []).append(f"every {retention.every} steps")
+    for step in retention.milestones(steps):
+        reasons.setdefault(step, []).append(f"every {retention.every} steps")
     if retention.best is not None:
         best = retention.best.step({step: values[step] for step in steps if step in values})
         if best is not None:

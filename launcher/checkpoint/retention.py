@@ -40,7 +40,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Retention:
-    """The last ones, and for ever every one of a step that `every` divides, and the best.
+    """The last ones, and for ever the first of every so many steps, and the best.
 
     Raises:
         UsageError: it would keep none.
@@ -48,7 +48,8 @@ class Retention:
 
     last: int = 2
     every: int = 0
-    """0: none for ever."""
+    """Steps; of each multiple of them the first checkpoint at or after it stays for ever, since a save may have had to
+    wait for the one before it. 0: none for ever."""
     best: Best | None = None
 
     def __post_init__(self) -> None:
@@ -57,12 +58,17 @@ class Retention:
         if self.every < 0:
             raise UsageError(f"--run.keep-every {self.every}: give a number of steps, or 0")
 
+    def milestones(self, steps: Iterable[int]) -> set[int]:
+        """Those of `steps` that stay for ever."""
+        first: dict[int, int] = {}
+        for step in sorted(steps) if self.every else ():
+            first.setdefault(step // self.every, step)
+        return {step for multiple, step in first.items() if multiple}
+
     def kept(self, steps: Iterable[int], values: Mapping[int, float]) -> set[int]:
         """Which of `steps` stay; `values` are those of the metric that `best` names, by step."""
         there = sorted(steps)
-        kept = set(there[-self.last :])
-        if self.every:
-            kept |= {step for step in there if step % self.every == 0}
+        kept = set(there[-self.last :]) | self.milestones(there)
         if self.best is not None:
             best = self.best.step({step: values[step] for step in there if step in values})
             kept |= {best} if best is not None else set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -31,9 +32,9 @@ from launcher.checkpoint.files import (
 )
 from launcher.checkpoint.index import INDEX, Index, Json, check_json, encode, read_index
 from launcher.checkpoint.layout import Box, Plan, TensorSpec, parts
-from launcher.checkpoint.state import State, bits, describe_all, flattened, local_bits
+from launcher.checkpoint.state import State, bits, check_state, flattened, local_bits
 from launcher.checkpoint.store import Store, step_name
-from launcher.errors import CheckpointError, DamagedError
+from launcher.errors import CheckpointError, DamagedError, LauncherError
 from launcher.world import World
 
 __all__ = ["Snapshot", "Stager", "node_files", "save", "write"]
@@ -77,9 +78,8 @@ class Stager:
             MemoryError: there is no room for a copy.
         """
         state = flattened(state)
-        for name, value in (*state.values.items(), *state.rank_values.items(), ("facts", facts or {})):
-            check_json(value, name)
-        specs, aliases = describe_all(state, self._world)
+        check_json(facts or {}, "facts")
+        specs, aliases = check_state(state, self._world)
         if specs != self._plan.specs:
             self._derive(specs)
         return Snapshot(
@@ -101,7 +101,7 @@ class Stager:
         Raises:
             CheckpointError: it cannot be saved.
         """
-        specs, _ = describe_all(flattened(state), self._world)
+        specs, _ = check_state(flattened(state), self._world)
         self._derive(specs)
         size = self._plan.nbytes(self._world.rank)
         return lambda: self.buffer.warm(size)
@@ -182,12 +182,21 @@ def write(
         save.write()
         path = save.publish(before)
         save.verify(path)
-    except CheckpointError as error:
-        raise type(error)(f"{step_name(step)} could not be saved: {error}") from None
+    except LauncherError as error:
+        raise CheckpointError(f"{step_name(step)} could not be saved: {error}") from None
     finally:
         save.clean()
-    agreed(world, lambda: store.prune(save.taken.attempt, spare=step) if world.is_main else None)
+    if world.is_main:
+        _prune(store, save.taken)
     return path
+
+
+def _prune(store: Store, taken: Snapshot) -> None:
+    """Remove older checkpoints; that they stay is no reason to call the new one lost."""
+    try:
+        store.prune(taken.attempt, spare=taken.step)
+    except (LauncherError, OSError) as error:
+        warnings.warn(f"older checkpoints were not removed: {error}", stacklevel=2)
 
 
 class _Save:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from launcher.checkpoint.index import Json
+from launcher.checkpoint.index import Json, check_json
 from launcher.checkpoint.layout import TensorSpec, local_shape
 from launcher.errors import CheckpointError
 from launcher.sharded import is_sharded, local
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["DTYPES", "SUBCLASSES", "State", "bits", "describe", "describe_all", "flattened", "local_bits"]
+__all__ = [
+    "DTYPES",
+    "SUBCLASSES",
+    "State",
+    "bits",
+    "check_state",
+    "describe",
+    "describe_all",
+    "flattened",
+    "local_bits",
+]
 
 SUBCLASSES = "subclasses"
 """The value that says which tensors were flattened, and what they are."""
@@ -123,6 +133,17 @@ def describe_all(state: State, world: World) -> tuple[dict[str, TensorSpec], dic
         if tied[name] not in specs:
             raise CheckpointError(f"{name} is tied to {holder}, which the state does not hold")
     return specs, tied
+
+
+def check_state(state: State, world: World) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """As `describe_all`, of a flattened state, whose values are looked at too.
+
+    Raises:
+        CheckpointError: something in it cannot be saved exactly; it is named.
+    """
+    for name, value in (*state.values.items(), *state.rank_values.items()):
+        check_json(value, name)
+    return describe_all(state, world)
 
 
 def flattened(state: State) -> State:

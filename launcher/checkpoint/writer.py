@@ -75,14 +75,16 @@ class Writer:
         """Whether this rank is writing."""
         return self._job is not None
 
-    def prepare(self, state: State) -> None:
-        """Make the memory for saves of such a state warm, beside training: else the first of them would have to.
+    def prepare(self, state: State, *, warm: bool) -> None:
+        """Find out whether such a state can be saved, and make the memory for its saves warm, beside training.
 
         Raises:
-            CheckpointError: it cannot be saved.
+            CheckpointError: it cannot be.
         """
-        self._thread = threading.Thread(target=self._stager.prepare(state), name="launcher-warm", daemon=True)
-        self._thread.start()
+        touch = self._stager.prepare(state)
+        if warm and not self._inline:
+            self._thread = threading.Thread(target=touch, name="launcher-warm", daemon=True)
+            self._thread.start()
 
     def start(
         self,
