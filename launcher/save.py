@@ -113,12 +113,14 @@ class Saver:
         run = self._run
         if loop is None or run.completed == 0:
             return
-        [missing] = run.world.sum(float(self.published != run.completed))
-        if not missing:
-            return
         self._final = True
-        self.start(loop)
-        self._settle()
+        lost = True
+        while lost:  # once more where the thread of a rank was lost, and not for a disk that is full
+            [missing] = run.world.sum(float(self.published != run.completed))
+            if not missing:
+                return
+            self.start(loop)
+            lost = self._settle()
         outcome = self.writer.outcome
         if self.published != run.completed:
             raise CheckpointError(outcome.error if outcome is not None and outcome.error else "the save was lost")
@@ -127,8 +129,8 @@ class Saver:
         """A run that leaves by a failure lets the save in progress end: its state was whole."""
         self.writer.wait(GRACE)
 
-    def _settle(self) -> None:
-        """Wait until no rank is writing."""
+    def _settle(self) -> bool:
+        """Wait until no rank is writing; whether the thread of a rank was lost meanwhile."""
         world = self._run.world
         while True:
             self.writer.wait(1.0)
@@ -136,7 +138,7 @@ class Saver:
             if broken:
                 self.writer.fall_back(world)
             if broken or not busy:
-                return
+                return bool(broken)
 
     def _tell(self, outcome: checkpoint.Outcome) -> None:
         """A save has ended; told at once, from the thread that wrote it."""
@@ -144,7 +146,7 @@ class Saver:
             self.published = outcome.step
         elif outcome.broken and not self._run.is_main:
             print(f"launcher: rank {self._run.rank}: {outcome.error}", file=sys.stderr, flush=True)
-        elif not self._final:  # else it is the run's failure, and told as that
+        elif outcome.broken or not self._final:  # else it is the run's failure, and told as that
             self._run.print(f"launcher: NOT SAVED, training goes on: {outcome.error}")
         if self._run.is_main and outcome.path is not None:
             try:

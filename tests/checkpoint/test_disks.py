@@ -260,6 +260,14 @@ def test_a_writer_that_dies(trial: Trial, world_size: int, rank: int) -> None:
     assert begun(trial)[-2:] == [30, 34]  # none is late: the loop waits for them
 
 
+@pytest.mark.parametrize("world_size", SIZES)
+def test_a_writer_that_dies_in_the_last_save(trial: Trial, world_size: int) -> None:
+    trial.start(world_size, steps=4, every=10, BREAK=f"1:{world_size - 1}")
+    assert "step-00000004 could not be saved: SystemExit: the thread is ended" in trial.job.ok()
+    assert begun(trial) == [4, 4]
+    trial.whole(4)
+
+
 @pytest.mark.parametrize(
     ("world_size", "who"),
     [pytest.param(1, "*", id="1"), pytest.param(2, "*", id="2, both"), pytest.param(2, "1", id="2, rank 1")],
