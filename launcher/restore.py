@@ -291,7 +291,7 @@ def _understood(path: Path, work: Callable[[], T]) -> T:
     """Whatever else than a run has saved may be in a checkpoint that is whole."""
     try:
         return work()
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold what a run saves ({type(error).__name__}: {error})") from error
 
 

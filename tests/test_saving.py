@@ -432,3 +432,17 @@ def test_a_save_is_not_lost_because_older_ones_cannot_be_removed(run_recipe, mon
 
 def test_a_late_save_stands_for_the_multiple_that_it_missed():
     assert Retention(1, 100).kept([90, 103, 110, 200, 210, 305, 320], {}) == {103, 200, 305, 320}
+
+
+def test_values_that_are_nested_absurdly_are_refused_in_a_line(run_recipe):
+    run_recipe(tracking(Plain(x=1)), "--steps", 2)
+    index = run_recipe.dir / "checkpoints/step-00000002/index.json"
+    body = json.loads(index.read_bytes())["index"]
+    nested: object = 1
+    for _ in range(900):
+        nested = [nested]
+    body["values"]["track/it"] = {"x": nested}
+    rewrite(index.parent, body)
+    said = one_line(run_recipe(tracking(Plain(x=1)), "--steps", 3, code=1))
+    assert "step-00000002" in said
+    assert steps(run_recipe.dir) == [2]

@@ -49,6 +49,7 @@ ITEMSIZE = {
 
 _PLACEMENT = re.compile(r"R|S\(([0-9]{1,3})\)|_S\(([0-9]{1,3}),([0-9]{1,6})\)")
 _MOST_DIMENSIONS = 64  # of numpy and of torch
+_MOST_MESH = 16
 _MOST_BYTES = 2**62
 
 Runs = list[tuple[int, int]]  # (first index, count), in the order in which a rank holds them
@@ -98,9 +99,12 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZE:
             raise ValueError(f"dtype {self.dtype!r} is unknown")
-        if len(self.shape) > _MOST_DIMENSIONS or any(size < 0 for size in self.shape) or self.nbytes > _MOST_BYTES:
+        possible = len(self.shape) <= _MOST_DIMENSIONS and all(0 <= size <= _MOST_BYTES for size in self.shape)
+        if not possible or self.nbytes > _MOST_BYTES:
             raise ValueError(f"shape {list(self.shape)} is impossible")
         mesh = self.mesh or ()
+        if len(mesh) > _MOST_MESH:
+            raise ValueError(f"a mesh has {_MOST_MESH} dimensions at most, not {len(mesh)}")
         if len(mesh) != len(self.placements) or any(size < 1 for size in mesh) or (self.rank0 and mesh):
             raise ValueError(f"placements {list(self.placements)} do not fit mesh {list(mesh)}")
         for shard in _shards(self.placements):

@@ -177,6 +177,8 @@ HUGE = 10**400
         ("tensors.model/w.placements", [], "model/w: placements .* do not fit"),
         ("tensors.model/w.mesh", [2, 2], "model/w: placements .* do not fit"),
         ("tensors.model/w.mesh", [HUGE], "model/w is on mesh"),
+        ("tensors.model/w.mesh", [1] * 60_000, "model/w: a mesh has 16 dimensions at most, not 60000"),
+        ("tensors.model/w.shape", [0, HUGE], "model/w: shape .* is impossible"),
         ("tensors.model/n.rank0", 1, "model/n: rank0 is no bool"),
         ("tensors.model/extra", {"dtype": "F32", "shape": [0]}, "model/extra|contradict"),
         ("tensors.model/extra", {"dtype": "F32", "shape": [2**40]}, "bytes more than its tensors take"),
