@@ -19,6 +19,7 @@ from launcher.config import RunConfig, check_resume, parse, resolve, to_dict
 from launcher.errors import LauncherError, RecipeError, UsageError
 from launcher.rundir import RunDir
 from launcher.seeds import seed_microbatch
+from launcher.show import printable
 from launcher.signals import Signals, Stopped
 from launcher.world import World, connect, disconnect
 
@@ -135,7 +136,7 @@ class Attempt:
             return
         where = f" rank {self.world.rank}:" if self.world.world_size > 1 and self.rundir is not None else ""
         if isinstance(error, LauncherError):
-            print(f"launcher:{where} {error}", file=sys.stderr, flush=True)
+            print(f"launcher:{where} {printable(str(error))}", file=sys.stderr, flush=True)
         elif self.world.world_size > 1:
             print(f"launcher:{where} the recipe failed", file=sys.stderr)
             traceback.print_exception(type(error), error, _recipes_part(error.__traceback__), file=sys.stderr)
@@ -143,7 +144,7 @@ class Attempt:
     def abandon(self) -> None:
         """A second Ctrl-C: leave without a save."""
         self._status("cancelled")
-        print("launcher: left at once; the last checkpoint stands", file=sys.stderr, flush=True)
+        print("launcher: left at once, without a save", file=sys.stderr, flush=True)
 
     def leave(self, code: int) -> None:
         """End the process with `code`.

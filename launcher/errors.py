@@ -4,7 +4,8 @@
     |- UsageError         exit 2: a wrong option, file or combination; nothing has been touched
     |- RecipeError        the recipe breaks a contract: a loss that is no sum, a step without a backward
     |- CheckpointError    a checkpoint that is foreign, or cannot be written
-    |  `- DamagedError    its bytes are not those that were written; an older one may be whole
+    |  |- DamagedError    its bytes are not those that were written; an older one may be whole
+    |  `- ReplacedError   a newer start of the run has taken over: this one may write nothing more
     `- WorldError         the processes, devices or precision asked for are not the ones there are
 
 `launcher.main` prints the line and exits with the code; anything else that escapes a recipe is shown
@@ -13,7 +14,15 @@ with its traceback, because then the traceback is the recipe's own.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "DamagedError", "LauncherError", "RecipeError", "UsageError", "WorldError"]
+__all__ = [
+    "CheckpointError",
+    "DamagedError",
+    "LauncherError",
+    "RecipeError",
+    "ReplacedError",
+    "UsageError",
+    "WorldError",
+]
 
 
 class LauncherError(Exception):
@@ -38,6 +47,10 @@ class CheckpointError(LauncherError):
 
 class DamagedError(CheckpointError):
     """The bytes of a checkpoint are not those that were written, or cannot be read: an older one may be whole."""
+
+
+class ReplacedError(CheckpointError):
+    """A newer start of the run has taken it over, and this one may write nothing more."""
 
 
 class WorldError(LauncherError):

@@ -50,6 +50,8 @@ class Restorer:
         """Where each stream goes on, on this rank."""
         self.metrics: dict[str, Any] = {}
         """The metrics line of the step that was restored."""
+        self._matched: set[str] = set()
+        """The patterns of `--run.init-only` that name weights."""
         self.own = False
         """Whether that is of this run's own checkpoints."""
         self._run, self._rundir, self._store = run, rundir, store
@@ -69,9 +71,10 @@ class Restorer:
         index = checkpoint.read_index(path)
         state = checkpoint.State()
         add_module(state, name, model, frozen=True)
-        chosen = _chosen(state, [f"{name}/{pattern}" for pattern in run.config.init_only])
-        if not chosen:
-            raise UsageError(f"--run.init-only {' '.join(run.config.init_only)}: no weight of {name!r} has such a name")
+        patterns = [f"{name}/{pattern}" for pattern in run.config.init_only]
+        names = [*state.tensors, *state.aliases]
+        self._matched |= {p.removeprefix(f"{name}/") for p in patterns if any(fnmatchcase(key, p) for key in names)}
+        chosen = _chosen(state, patterns)
         there = {key for key in (*index.tensors, *index.aliases) if key.startswith(f"{name}/")}
         missing = sorted(chosen - frozen - there)
         left = sorted(there - chosen - {key for key, holder in state.aliases.items() if holder in chosen})
@@ -122,6 +125,7 @@ class Restorer:
             raise CheckpointError(
                 f"no checkpoint in {self._store.root} is whole, damaged: {', '.join(bad)}: bring one back (one that is "
                 "renamed to step-N counts again), or begin again with --run.resume never"
+                + ("" if run.config.resume == "auto" else ", or with a fresh --run.dir from --run.resume PATH")
             )
         if self._attempt > 1:
             run.print("launcher: the run has no checkpoint yet: it begins with step 0")
@@ -129,6 +133,9 @@ class Restorer:
 
     def _begin(self) -> None:
         """Refuse before the first step what could not be saved after it; remove what killed saves have left."""
+        unknown = [p for p in self._run.config.init_only if p not in self._matched]
+        if unknown and self._store.newest() is None:
+            raise UsageError(f"--run.init-only {' '.join(unknown)}: no weight has such a name")
         state = state_of_models(self._run)
         for key, (obj, per_rank) in self._run.tracked.items():
             (add_tracked_here if per_rank else add_tracked)(state, key, obj)

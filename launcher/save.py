@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from launcher import checkpoint
 from launcher.agreement import Ballot
-from launcher.errors import CheckpointError, LauncherError
+from launcher.errors import CheckpointError, LauncherError, ReplacedError
 from launcher.parallel import reshard
 from launcher.rundir import RunDir
 from launcher.scores import scores
@@ -70,12 +70,18 @@ class Saver:
         """Whether to save at this edge; a save that is due while another is being written waits for its end.
 
         The same on all ranks: `ballot` says what they were doing a moment ago.
+
+        Raises:
+            ReplacedError: a newer start of the run has taken over.
         """
         run = self._run
         if ballot.broken:
             run.print("launcher: the thread that writes checkpoints has ended; training waits for saves from now on")
             self.writer.fall_back(run.world)
         free = bool(ballot.broken) or not ballot.writing
+        outcome = self.writer.outcome
+        if free and outcome is not None and outcome.replaced:  # as all ranks know, now that none is writing
+            raise ReplacedError(outcome.error)
         if run.config.save_every and step % run.config.save_every == 0 and step > self._begun:
             if not free and self._waiting is not None:
                 seconds = time.monotonic() - self._started
@@ -146,7 +152,7 @@ class Saver:
             self.published = outcome.step
         elif outcome.broken and not self._run.is_main:
             print(f"launcher: rank {self._run.rank}: {outcome.error}", file=sys.stderr, flush=True)
-        elif outcome.broken or not self._final:  # else it is the run's failure, and told as that
+        elif outcome.broken or not (self._final or outcome.replaced):  # else it is the run's failure, and told as that
             self._run.print(f"launcher: NOT SAVED, training goes on: {outcome.error}")
         if self._run.is_main and outcome.path is not None:
             try:

@@ -296,7 +296,7 @@ def test_prune_without_knowing_which_is_the_best(run: Path, ckpt: Ckpt) -> None:
         (["export", "run", "-o", "out", "--shard-size", "5 apples"], "--shard-size 5 apples: give a size such as 5GB"),
         (["export", "run", "-o", "out", "--shard-size", "0"], "--shard-size 0: give a size"),
         (["export", "run", "-o", "out", "--dtype", "int4"], "invalid choice: 'int4'"),
-        (["export", "run", "-o", "out", "--name", "gan"], "has no model gan: --name takes one of model, optimizer"),
+        (["export", "run", "-o", "out", "--name", "gan"], "has no model gan: --name takes one of model"),
         (["export", "run", "-o", "out", "--base", "empty"], "empty has neither model.safetensors nor"),
         (["import", "nowhere", "-o", "out"], "nowhere: there is no such file or directory"),
         (["import", "file", "-o", "out"], "file: give a .safetensors file"),

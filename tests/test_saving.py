@@ -101,7 +101,6 @@ def save_always(run_recipe, *options, **how):
         (["--run.keep", 1, "--run.keep-every", 6], [6, 12]),
         (["--run.keep", 1, "--run.keep-best", "score:min"], [4, 12]),
         (["--run.keep", 1, "--run.keep-best", "score:max"], [6, 12]),
-        (["--run.keep", 1, "--run.keep-best", "nothing:min"], [12]),
     ],
 )
 def test_a_run_keeps_what_it_was_told_to(run_recipe, options, kept):
@@ -110,6 +109,30 @@ def test_a_run_keeps_what_it_was_told_to(run_recipe, options, kept):
     for path in (run_recipe.dir / "checkpoints").iterdir():
         checkpoint.verify(path)
         assert (path / "verified").exists()
+
+
+def test_a_metric_that_nobody_logs_is_told(run_recipe):
+    with pytest.warns(UserWarning, match="no step of the checkpoints has a nothing"):
+        save_always(run_recipe, "--run.keep", 1, "--run.keep-best", "nothing:min")
+    assert steps(run_recipe.dir) == [12]
+
+
+def test_each_pattern_must_name_a_weight(run_recipe, tmp_path):
+    base = tmp_path / "base"
+    run_recipe(train, "--steps", 1, "--run.dir", base)
+    only = ["--run.init-from", base, "--run.init-only", "blocks.*", "haed.*"]
+    assert "--run.init-only haed.*: no weight has such a name" in one_line(run_recipe(train, *only, code=2))
+
+
+def test_what_a_dead_attempt_told_of_later_steps_is_not_the_best(tmp_path):
+    from launcher.scores import scores
+
+    lines = [(1, 10, 0.9), (1, 20, 0.5), (1, 30, 0.1), (2, 21, None), (2, 31, None), (2, 40, 0.6)]
+    texts = [
+        json.dumps({"attempt": a, "step": step} | ({} if value is None else {"val": value})) for a, step, value in lines
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(texts) + "\n")
+    assert scores(tmp_path / "metrics.jsonl", "val") == {10: 0.9, 20: 0.5, 40: 0.6}
 
 
 def test_the_best_of_an_earlier_start_is_still_the_best(run_recipe):
@@ -201,7 +224,7 @@ def test_a_part_of_another_runs_weights_by_name(run_recipe, tmp_path):
     ("options", "code", "said"),
     [
         (["--width", 9], 1, "model/blocks.0.bias is 8 there and 9 here"),
-        (["--run.init-only", "blokcs.*"], 2, "--run.init-only blokcs.*: no weight of 'model' has such a name"),
+        (["--run.init-only", "blokcs.*"], 2, "--run.init-only blokcs.*: no weight has such a name"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(run_recipe, tmp_path, options, code, said):

@@ -21,6 +21,7 @@ class Buffer:
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
         self._held = torch.empty(0, dtype=torch.uint8)
+        self._registered = False
         self._copied: torch.cuda.Event | None = None
 
     def room(self, size: int) -> torch.Tensor:
@@ -31,7 +32,7 @@ class Buffer:
         """
         self.settle()
         if not size <= len(self._held) <= 2 * size:
-            self._held = torch.empty(0, dtype=torch.uint8)  # let go of it first
+            self._release()  # first: there may not be room for both
             if size:
                 self._held = self._allocate(size)
         return self._held[:size]
@@ -56,9 +57,18 @@ class Buffer:
             self._copied = None
 
     def _allocate(self, size: int) -> torch.Tensor:
-        if self._device is None:
-            return torch.from_numpy(np.empty(size, dtype=np.uint8))  # numpy's, so that too much is a MemoryError
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            raise MemoryError(str(error)) from None
+        """numpy's memory, so that too much is a MemoryError; registered with CUDA, where there is.
+
+        torch's own page-locked memory would be rounded up to a power of two, and never given back.
+        """
+        room = torch.from_numpy(np.empty(size, dtype=np.uint8))
+        if self._device is not None:
+            portable = 1  # cudaHostRegisterPortable
+            self._registered = int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), size, portable)) == 0
+        return room
+
+    def _release(self) -> None:
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._held.data_ptr())
+        self._registered = False
+        self._held = torch.empty(0, dtype=torch.uint8)

@@ -135,7 +135,8 @@ def _chosen(path: Path, index: Index, name: str, copy_ties: bool) -> list[_Tenso
     names = [*index.tensors, *index.aliases] if copy_ties else [*index.tensors]
     found = [full for full in names if full.startswith(prefix)]
     if not found:
-        there = sorted({full.partition("/")[0] for full in index.tensors})
+        there = sorted({full.partition("/")[0] for full in index.tensors} - {"track"})
+        there = [one for one in there if not one.startswith("optimizer")]
         raise UsageError(f"{path} has no model {name}: --name takes one of {', '.join(there) or 'none'}")
     plain = [(full, index.tensors[index.holder(full)]) for full in found]
     return [_Tensor(full.removeprefix(prefix), full, TensorSpec(spec.shape, spec.dtype)) for full, spec in plain]
@@ -325,8 +326,12 @@ def _list(shards: Mapping[str, Sequence[_Tensor]], total: int) -> bytes:
 def _write(path: Path, parts: Sequence[bytes] | Iterator[bytes | memoryview]) -> None:
     """Write a file and fsync it; one that a killed export has left is written over, a link is not followed."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with open(fd, "wb") as file:
+    with open(fd, "wb", buffering=0) as file:
         for part in parts:
-            file.write(part)
-        file.flush()
+            left = memoryview(part)
+            try:
+                while len(left):
+                    left = left[file.write(left) :]
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
         os.fsync(fd)

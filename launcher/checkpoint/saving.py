@@ -34,7 +34,7 @@ from launcher.checkpoint.index import INDEX, Index, Json, check_json, encode, re
 from launcher.checkpoint.layout import Box, Plan, TensorSpec, parts
 from launcher.checkpoint.state import State, bits, check_state, flattened, local_bits
 from launcher.checkpoint.store import Store, step_name
-from launcher.errors import CheckpointError, DamagedError, LauncherError
+from launcher.errors import CheckpointError, DamagedError, LauncherError, ReplacedError
 from launcher.world import World
 
 __all__ = ["Snapshot", "Stager", "node_files", "save", "write"]
@@ -183,7 +183,8 @@ def write(
         path = save.publish(before)
         save.verify(path)
     except LauncherError as error:
-        raise CheckpointError(f"{step_name(step)} could not be saved: {error}") from None
+        kind = ReplacedError if isinstance(error, ReplacedError) else CheckpointError
+        raise kind(f"{step_name(step)} could not be saved: {error}") from None
     finally:
         save.clean()
     if world.is_main:
@@ -296,9 +297,13 @@ class _Save:
         try:
             agreed(self._world, work)
         except DamagedError as error:
-            aside = agreed(self._world, lambda: self._store.set_aside(path) if self._world.is_main else None)[0]
+            [aside, *_] = agreed(self._world, lambda: self._set_aside(path) if self._world.is_main else None)
             raise CheckpointError(f"what was written cannot be read back ({error}); it is {aside} now") from None
         agreed(self._world, lambda: self._store.mark_verified(path) if self._world.is_main else None)
+
+    def _set_aside(self, path: Path) -> Path:
+        self._store.check_current(self.taken.attempt)  # else it may be a newer attempt's
+        return self._store.set_aside(path)
 
     def clean(self) -> None:
         """Leave nothing half behind; what cannot be removed is no checkpoint, and the next save tries again."""

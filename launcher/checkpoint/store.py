@@ -24,7 +24,7 @@ from pathlib import Path
 
 from launcher.checkpoint.files import fsync_directory
 from launcher.checkpoint.retention import Retention
-from launcher.errors import CheckpointError
+from launcher.errors import ReplacedError
 
 __all__ = ["VERIFIED", "Store", "step_name"]
 
@@ -98,10 +98,10 @@ class Store:
         """A new directory to write the checkpoint of `step` into; leftovers of this and older attempts are removed.
 
         Raises:
-            CheckpointError: the attempt is no longer current.
+            ReplacedError: the attempt is no longer current.
             OSError: it cannot be made.
         """
-        self._check_current(attempt)
+        self.check_current(attempt)
         self.root.mkdir(parents=True, exist_ok=True)
         fsync_directory(self.root.parent)
         self._clean(attempt)
@@ -131,12 +131,12 @@ class Store:
         """Give a complete directory its final name, durably. A former checkpoint of the step goes only after that.
 
         Raises:
-            CheckpointError: the attempt is no longer current.
+            ReplacedError: the attempt is no longer current.
             OSError: it cannot be renamed; what was there is still there.
         """
         final = self.root / partial.name.partition(".")[0]
         fsync_directory(partial)
-        self._check_current(attempt)
+        self.check_current(attempt)
         former = os.path.lexists(final)
         if former:
             _discard(_replaced(final))
@@ -154,16 +154,16 @@ class Store:
         """Remove what killed saves and prunes have left behind, but for a newer attempt's.
 
         Raises:
-            CheckpointError: the attempt is no longer current.
+            ReplacedError: the attempt is no longer current.
         """
-        self._check_current(attempt)
+        self.check_current(attempt)
         self._clean(attempt)
 
     def prune(self, attempt: int, spare: int | None = None) -> None:
         """Remove what `retention` does not keep, and leftovers of this and older attempts; never step `spare`.
 
         Raises:
-            CheckpointError: the attempt is no longer current.
+            ReplacedError: the attempt is no longer current.
         """
         self.clean(attempt)
         for step in self.surplus():
@@ -172,8 +172,15 @@ class Store:
 
     def surplus(self) -> list[int]:
         """The steps whose checkpoints `retention` does not keep."""
-        steps = self.steps()
-        kept = self.retention.kept(steps, self._scores() if self.retention.best else {})
+        steps, best = self.steps(), self.retention.best
+        values = self._scores() if best else {}
+        kept = self.retention.kept(steps, values)
+        if best and len(kept) < len(steps) and values.keys().isdisjoint(steps):
+            warnings.warn(
+                f"no step of the checkpoints has a {best.metric}, so the best is not known and not kept: log it for "
+                "the steps that are saved",
+                stacklevel=2,
+            )
         return [step for step in steps if step not in kept]
 
     def remove(self, step: int) -> None:
@@ -196,9 +203,14 @@ class Store:
             if over:
                 _removing(path)
 
-    def _check_current(self, attempt: int) -> None:
+    def check_current(self, attempt: int) -> None:
+        """Look whether an attempt may still change anything.
+
+        Raises:
+            ReplacedError: a newer one has begun.
+        """
         if not self._attempt_is_current(attempt):
-            raise CheckpointError(
+            raise ReplacedError(
                 f"attempt {attempt} of this run has been replaced by a newer one: it saves nothing more"
             )
 

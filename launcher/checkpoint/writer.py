@@ -10,14 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from launcher.checkpoint.buffer import Buffer
 from launcher.checkpoint.index import Json
 from launcher.checkpoint.saving import Snapshot, Stager, node_files, write
 from launcher.checkpoint.state import State
 from launcher.checkpoint.store import Store, step_name
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, ReplacedError
 from launcher.world import World
 
 __all__ = ["Outcome", "Writer"]
@@ -37,6 +40,8 @@ class Outcome:
     """Seconds from the start until the checkpoint was durable and verified, and older ones pruned."""
     broken: bool = False
     """Whether this rank alone has ended like this."""
+    replaced: bool = False
+    """Whether that is because a newer start of the run has taken over."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Writer:
         """
         touch = self._stager.prepare(state)
         if warm and not self._inline:
-            self._thread = threading.Thread(target=touch, name="launcher-warm", daemon=True)
+            self._thread = threading.Thread(target=self._on_device, args=(touch,), name="launcher-warm", daemon=True)
             self._thread.start()
 
     def start(
@@ -112,7 +117,8 @@ class Writer:
         if self._inline:
             self._run(job)
         else:
-            self._thread = threading.Thread(target=self._run, args=(job,), name="launcher-writer", daemon=True)
+            write_it = partial(self._on_device, partial(self._run, job))
+            self._thread = threading.Thread(target=write_it, name="launcher-writer", daemon=True)
             self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -131,20 +137,26 @@ class Writer:
         self.broken = False
         self._stager = Stager(world)  # a thread that hangs still has the old buffer
 
+    def _on_device(self, work: Callable[[], None]) -> None:
+        """In a new thread, whose current GPU is the first: on this rank's."""
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)
+        work()
+
     def _run(self, job: _Job) -> None:
         path: Path | None = None
         error: str | None = None
-        broken = False
+        broken = replaced = False
         try:
             path = write(self._store, job.world, self._files, job.step, job.take, job.before)
         except CheckpointError as failure:
-            error = str(failure)
+            error, replaced = str(failure), isinstance(failure, ReplacedError)
         except BaseException as failure:
             error = f"{step_name(job.step)} could not be saved: {type(failure).__name__}: {failure}"
             broken = True  # its peers may be waiting for it
         if self._job is not job:
             return
-        outcome = Outcome(job.step, path, error, job.blocked, time.monotonic() - job.begun, broken)
+        outcome = Outcome(job.step, path, error, job.blocked, time.monotonic() - job.begun, broken, replaced)
         try:
             job.tell(outcome)
         finally:

@@ -105,7 +105,7 @@ class Control:
 
     def install(self, attempt):
         """Put the holds where they belong."""
-        start, write_part, check, surplus = Saver.start, saving.write_part, Store._check_current, Store.surplus
+        start, write_part, check, surplus = Saver.start, saving.write_part, Store.check_current, Store.surplus
 
         def counted(saver, loop):
             self.saves += 1
@@ -131,7 +131,7 @@ class Control:
             return steps
 
         Saver.start, saving.write_part = counted, held_write
-        Store._check_current, Store.surplus = held_check, held_surplus
+        Store.check_current, Store.surplus = held_check, held_surplus
 
 
 def train(run: launcher.Run, cfg: Config) -> None:
