@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: venv
 	$(BIN)/launcher run $(DEVICES) recipes/gpt.py --run.save-every 200
-	@echo "its newest checkpoint, a file for each process:" && ls -t runs/*/checkpoints/*/* | head -3
+	@echo "its checkpoints:" && $(BIN)/launcher ckpt ls "$$(ls -td runs/gpt-* | head -1)"
 
 check: venv
 	$(BIN)/ruff check

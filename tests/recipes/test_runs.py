@@ -61,7 +61,7 @@ def test_gpt_replicated_and_sharded(tmp_path: Path) -> None:
     assert len(sample) > 20
     assert sample in sharded
     files = sorted(path.name for path in (tmp_path / "ddp" / "checkpoints" / "step-00000012").iterdir())
-    assert files == ["index.json", "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
+    assert files == ["index.json", "node-00000-of-00001.safetensors", "verified"]
 
 
 def test_finetune_by_default(tmp_path: Path) -> None:
