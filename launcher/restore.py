@@ -50,10 +50,10 @@ class Restorer:
         """Where each stream goes on, on this rank."""
         self.metrics: dict[str, Any] = {}
         """The metrics line of the step that was restored."""
-        self._matched: set[str] = set()
-        """The patterns of `--run.init-only` that name weights."""
         self.own = False
         """Whether that is of this run's own checkpoints."""
+        self._matched: set[str] = set()
+        """The patterns of `--run.init-only` that name weights."""
         self._run, self._rundir, self._store = run, rundir, store
         self._attempt, self._settings = attempt, settings
 
@@ -71,28 +71,19 @@ class Restorer:
         index = checkpoint.read_index(path)
         state = checkpoint.State()
         add_module(state, name, model, frozen=True)
-        patterns = [f"{name}/{pattern}" for pattern in run.config.init_only]
-        names = [*state.tensors, *state.aliases]
-        self._matched |= {p.removeprefix(f"{name}/") for p in patterns if any(fnmatchcase(key, p) for key in names)}
-        chosen = _chosen(state, patterns)
+        chosen = self._named(name, state)
         there = {key for key in (*index.tensors, *index.aliases) if key.startswith(f"{name}/")}
-        missing = sorted(chosen - frozen - there)
         left = sorted(there - chosen - {key for key, holder in state.aliases.items() if holder in chosen})
+        missing = sorted(chosen - frozen - there)
         if missing or (left and not run.config.init_only):
             raise CheckpointError(
                 f"--run.init-from {path} is of another model: "
                 + "; ".join([*_listed(f"of {name!r} it lacks", missing), *_listed("it also has", left)])
                 + " (--run.init-only 'blocks.*' takes a part of it by name)"
             )
-        for tied, holder in state.aliases.items():
-            if holder in chosen and {tied, holder} <= there and index.holder(tied) != index.holder(holder):
-                raise CheckpointError(
-                    f"--run.init-from {path}: {tied} is tied to {holder} here and has data of its own there"
-                )
-        wanted = chosen & there
-        if goes_on:
-            wanted &= frozen
-        elif run.config.init_only:
+        _check_ties(path, index, state, chosen & there)
+        wanted = chosen & there & frozen if goes_on else chosen & there
+        if run.config.init_only and not goes_on:
             rest = [*_listed("as built", sorted(state.tensors.keys() - wanted)), *_listed("not taken", left)]
             run.print("; ".join([f"{name!r} begins with {len(wanted)} weights of {path}", *rest]))
         if wanted:
@@ -130,6 +121,15 @@ class Restorer:
         if self._attempt > 1:
             run.print("launcher: the run has no checkpoint yet: it begins with step 0")
         return 0
+
+    def _named(self, name: str, state: checkpoint.State) -> set[str]:
+        """The model's tensors that `--run.init-only` names, themselves or by what is tied to them; all without it."""
+        patterns = [f"{name}/{pattern}" for pattern in self._run.config.init_only]
+        if not patterns:
+            return set(state.tensors)
+        found = [(key, p) for key in (*state.tensors, *state.aliases) for p in patterns if fnmatchcase(key, p)]
+        self._matched |= {pattern.removeprefix(f"{name}/") for _, pattern in found}
+        return {state.aliases.get(key, key) for key, _ in found}
 
     def _begin(self) -> None:
         """Refuse before the first step what could not be saved after it; remove what killed saves have left."""
@@ -313,12 +313,14 @@ def _take_over(name: str, tracked: Any, saved: Any) -> None:
         ) from error
 
 
-def _chosen(state: checkpoint.State, patterns: Sequence[str]) -> set[str]:
-    """The tensors of a state that a pattern names, themselves or by what is tied to them; all without a pattern."""
-    if not patterns:
-        return set(state.tensors)
-    named = {key for key in (*state.tensors, *state.aliases) if any(fnmatchcase(key, pattern) for pattern in patterns)}
-    return {state.aliases.get(key, key) for key in named}
+def _check_ties(path: Path, index: checkpoint.Index, state: checkpoint.State, wanted: set[str]) -> None:
+    """Of tensors that are one here, a checkpoint that has two would lose one."""
+    for tied, holder in state.aliases.items():
+        both = holder in wanted and (tied in index.tensors or tied in index.aliases)
+        if both and index.holder(tied) != index.holder(holder):
+            raise CheckpointError(
+                f"--run.init-from {path}: {tied} is tied to {holder} here and has data of its own there"
+            )
 
 
 def _listed(what: str, names: Sequence[str], most: int = 10) -> list[str]:

@@ -23,11 +23,12 @@ KINDS = {
 def runs(begin):
     """Of every kind a straight run and one that was killed and went on, with workers where it had none."""
     straight = {name: begin(RECIPE, *OPTIONS, *KINDS[name]) for name in KINDS}
-    killed = {name: begin(RECIPE, *OPTIONS, *KINDS[name], "--die-at", 13) for name in KINDS}
+    strike = {"STRIKE": "SIGKILL:body:18:0"}  # late: saves are written in the background
+    killed = {name: begin(RECIPE, *OPTIONS, *KINDS[name], env=strike) for name in KINDS}
     for name, (job, _) in killed.items():
         assert job.wait(280) == [-9], f"{name}: {job.output()}"
     resumed = {
-        name: begin(RECIPE, *OPTIONS, *KINDS[name], "--die-at", 13, "--run.workers", 2, rundir=rundir)
+        name: begin(RECIPE, *OPTIONS, *KINDS[name], "--run.workers", 2, rundir=rundir)
         for name, (_, rundir) in killed.items()
     }
     return straight, resumed
