@@ -281,7 +281,7 @@ def test_the_time_of_a_save_is_recorded(run_recipe):
     assert 0 <= facts["save_blocked_seconds"] <= facts["save_seconds"] > 0
 
 
-# What a review found
+# What cannot be saved, what cannot be read, and who is told
 
 
 class Plain:
