@@ -80,8 +80,7 @@ class Stager:
         state = flattened(state)
         check_json(facts or {}, "facts")
         specs, aliases = check_state(state, self._world)
-        if specs != self._plan.specs:
-            self._derive(specs)
+        self._derive(specs)
         return Snapshot(
             step=step,
             attempt=attempt,
@@ -107,6 +106,8 @@ class Stager:
         return lambda: self.buffer.warm(size)
 
     def _derive(self, specs: Mapping[str, TensorSpec]) -> None:
+        if specs == self._plan.specs:
+            return
         self._plan = Plan(specs, self._world.world_size)
         rank = self._world.rank
         self._places = [
@@ -176,19 +177,19 @@ def write(
     Raises:
         CheckpointError: on every rank, the same.
     """
-    save = _Save(store, world, files, step)
+    job = _Save(store, world, files)
     try:
-        save.agree(take)
-        save.write()
-        path = save.publish(before)
-        save.verify(path)
+        job.agree(take)
+        job.write()
+        path = job.publish(before)
+        job.verify(path)
     except LauncherError as error:
         kind = ReplacedError if isinstance(error, ReplacedError) else CheckpointError
         raise kind(f"{step_name(step)} could not be saved: {error}") from None
     finally:
-        save.clean()
+        job.clean()
     if world.is_main:
-        _prune(store, save.taken)
+        _prune(store, job.taken)
     return path
 
 
@@ -205,9 +206,8 @@ class _Save:
 
     taken: Snapshot
 
-    def __init__(self, store: Store, world: World, files: Sequence[int], step: int) -> None:
-        self._store, self._world, self._step = store, world, step
-        self._files = files
+    def __init__(self, store: Store, world: World, files: Sequence[int]) -> None:
+        self._store, self._world, self._files = store, world, files
         self._mates = [rank for rank, file in enumerate(files) if file == files[world.rank]]
         """The ranks that write into the same file, this one among them."""
         self._partial: Path | None = None
@@ -235,23 +235,23 @@ class _Save:
         self._partial = partial = store.partial(taken.step, taken.attempt)
         count = max(self._files) + 1
         path = partial / f"node-{self._files[world.rank]:05d}-of-{count:05d}.safetensors"
+        sizes = part_sizes([taken.plan.nbytes(rank) for rank in self._mates])
+        place = self._mates.index(world.rank)
 
         def create() -> FileEntry | None:
-            if world.rank != self._mates[0]:
+            if place:
                 return None
             head = header([taken.plan[rank] for rank in self._mates], taken.plan.specs)
-            size = len(head) + sum(part_sizes([taken.plan.nbytes(rank) for rank in self._mates]))
+            size = len(head) + sum(sizes)
             return FileEntry(path.name, size, create_file(path, head, size))
 
         created = agreed(world, create)
         self._entries = [entry for entry in created if entry is not None]
-        sizes = part_sizes([taken.plan.nbytes(rank) for rank in self._mates])
-        before = sum(sizes[: self._mates.index(world.rank)])
 
         def fill() -> Segment:
             taken.buffer.settle()
-            start = self._entries[self._files[world.rank]].header.size + before
-            return write_part(path, start, taken.data.numpy().data, sizes[self._mates.index(world.rank)])
+            start = self._entries[self._files[world.rank]].header.size + sum(sizes[:place])
+            return write_part(path, start, taken.data.numpy().data, sizes[place])
 
         self._parts = list(zip(self._files, agreed(world, fill), strict=True))
 

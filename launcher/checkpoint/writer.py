@@ -61,8 +61,6 @@ class Writer:
     def __init__(self, store: Store, world: World, *, attempt: int) -> None:
         self.outcome: Outcome | None = None
         """Of the save that ended last."""
-        self.broken = False
-        """Whether this rank's thread ended in a way that its peers cannot know of: then call `fall_back` on all."""
         self._store, self._attempt = store, attempt
         self._stager, self._files = Stager(world), node_files(world)
         self._world = world.another()
@@ -80,14 +78,21 @@ class Writer:
         """Whether this rank is writing."""
         return self._job is not None
 
+    @property
+    def broken(self) -> bool:
+        """Whether this rank's thread ended in a way that its peers cannot know of: then call `fall_back` on all."""
+        return not self._inline and self.outcome is not None and self.outcome.broken
+
     def prepare(self, state: State, *, warm: bool) -> None:
         """Find out whether such a state can be saved, and make the memory for its saves warm, beside training.
+
+        Memory that is being written from is left alone: it is warm.
 
         Raises:
             CheckpointError: it cannot be.
         """
         touch = self._stager.prepare(state)
-        if warm and not self._inline:
+        if warm and not self._inline and not self.busy:
             self._thread = threading.Thread(target=self._on_device, args=(touch,), name="launcher-warm", daemon=True)
             self._thread.start()
 
@@ -134,7 +139,6 @@ class Writer:
         """
         self._inline, self._world = True, world
         self._job = self._thread = None
-        self.broken = False
         self._stager = Stager(world)  # a thread that hangs still has the old buffer
 
     def _on_device(self, work: Callable[[], None]) -> None:
@@ -152,6 +156,8 @@ class Writer:
         except CheckpointError as failure:
             error, replaced = str(failure), isinstance(failure, ReplacedError)
         except BaseException as failure:
+            if self._inline:  # the loop's own failure, which its peers see when this rank ends
+                raise
             error = f"{step_name(job.step)} could not be saved: {type(failure).__name__}: {failure}"
             broken = True  # its peers may be waiting for it
         if self._job is not job:
@@ -160,7 +166,7 @@ class Writer:
         try:
             job.tell(outcome)
         finally:
-            self.outcome, self.broken, self._job = outcome, broken, None
+            self.outcome, self._job = outcome, None
 
 
 def _taken(take: Callable[[], Snapshot]) -> Callable[[], Snapshot]:

@@ -268,6 +268,16 @@ def test_a_writer_that_dies_in_the_last_save(trial: Trial, world_size: int) -> N
     trial.whole(4)
 
 
+@pytest.mark.parametrize("world_size", SIZES)
+def test_a_writer_that_dies_every_time_ends_the_run(trial: Trial, world_size: int) -> None:
+    rank = world_size - 1
+    trial.start(world_size, steps=4, every=10, BREAK=",".join(f"{k}:{rank}" for k in range(1, 9)))
+    assert trial.job.wait() == [1] * world_size, trial.job.output()
+    assert begun(trial) == [4, 4]
+    assert status(trial.rundir)["status"] == "failed"
+    assert trial.store.steps() == []
+
+
 @pytest.mark.parametrize(
     ("world_size", "who"),
     [pytest.param(1, "*", id="1"), pytest.param(2, "*", id="2, both"), pytest.param(2, "1", id="2, rank 1")],
