@@ -6,8 +6,10 @@ import inspect
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +19,9 @@ import torch
 
 from launcher.config import RunConfig, check_resume, parse, resolve, to_dict
 from launcher.errors import LauncherError, RecipeError, UsageError
-from launcher.rundir import RunDir
+from launcher.failure import kind_of, may_pass
+from launcher.rehearse import answer
+from launcher.rundir import RunDir, Status
 from launcher.seeds import seed_microbatch
 from launcher.show import printable
 from launcher.signals import Signals, Stopped
@@ -44,23 +48,22 @@ def main(train: Callable[[Run, C], None] | Callable[[Run], None]) -> None:
         attempt.start(train)
         attempt.train()
     except LauncherError as error:
-        attempt.fail(error)
-        attempt.leave(error.exit_code)
+        attempt.leave(attempt.fail(error))
     except Stopped:
-        attempt.stop()
-        attempt.leave(0)
+        attempt.leave(attempt.stop())
     except SystemExit as exit_:
         if attempt.run is None:  # --help
             raise
-        attempt.fail(RecipeError(f"the recipe left by itself, with {exit_.code!r}: return from train instead"))
-        attempt.leave(1)
+        attempt.leave(
+            attempt.fail(RecipeError(f"the recipe left by itself, with {exit_.code!r}: return from train instead"))
+        )
     except Exception as error:
-        attempt.fail(error)
+        code = attempt.fail(error)
         if attempt.world.world_size == 1:
             if attempt.run is not None:
                 attempt.run.saver.close()
             raise
-        attempt.leave(1)
+        attempt.leave(code)
     if attempt.world.group is not None:
         attempt.leave(0)
     attempt.close()
@@ -76,18 +79,23 @@ class Attempt:
         self.number = 0
         self.run: Run | None = None
         self.signals: Signals | None = None
+        self._settled = threading.Event()
+        """Set once the ranks have agreed how this ends: nothing leaves at once any more."""
+        self._ending = threading.Lock()
 
     def start(self, train: Callable[..., None]) -> None:
         """Read the options, join the other ranks, open the run directory."""
         config_type = _config_type(train)
         module = sys.modules.get(getattr(train, "func", train).__module__)
         recipe = Path(getattr(module, "__file__", None) or sys.argv[0])
-        config, options = parse(
-            config_type, sys.argv[1:], prog=recipe.name, description=getattr(module, "__doc__", None)
-        )
+        description = getattr(module, "__doc__", None)
+        if asked := os.environ.get("LAUNCHER_REHEARSE"):
+            answer(Path(asked), config_type, prog=recipe.name, description=description)
+            raise SystemExit(0)
+        config, options = parse(config_type, sys.argv[1:], prog=recipe.name, description=description)
         options = resolve(options, os.environ)
         _check_trackers(options)
-        self.signals = Signals(self.abandon)
+        self.signals = Signals(self.signalled, self.signalled_again)
         _set_up_torch(options)
         self.world, accelerator = connect(options, os.environ)
         settings = to_dict(config, options)
@@ -104,47 +112,107 @@ class Attempt:
         self.run.check_stop()
         seed_microbatch(self.run.seed, -1, 0, self.run.device)  # what a recipe draws before its steps
         self._train()
+        self._settle()
         self.run.returned()
         self._status("finished")
+        self._record_exit("finished")
 
-    def stop(self) -> None:
-        """All ranks stopped at one step: save there."""
+    def stop(self) -> int:
+        """All ranks stopped at one step: save there; the exit code."""
         assert self.run is not None
+        assert self.rundir is not None
         assert self.signals is not None
+        self._settle()
         try:
             self.run.stopped()
         except LauncherError as error:
-            self.fail(error)
-            self.leave(error.exit_code)
-        self._status("preempted")
-        self.run.print(
-            f"stopped at step {self.run.completed} ({self.signals.stop or 'another rank'}); run it again to go on"
-        )
+            return self.fail(error)
+        status: Status = "cancelled" if self.rundir.is_cancelled else "preempted"
+        reason = self.signals.stop or "another rank"
+        self._status(status)
+        self._record_exit(status, reason)
+        self.run.print(f"stopped at step {self.run.completed} ({reason}); run it again to go on")
+        return 0
 
-    def fail(self, error: Exception) -> None:
-        """Record the failure; the first rank that fails tells it, the others only that they ended."""
+    def fail(self, error: Exception) -> int:
+        """Record the failure; the first rank that fails tells it, the others only that they ended; the exit code."""
+        self._settle()
         first = True
+        kind, code = kind_of(error), error.exit_code if isinstance(error, LauncherError) else 1
+        if kind == "peer" and self.rundir is not None and self.rundir.left(self.number, "preempted"):
+            self._status("preempted")  # a signal that only some have seen yet, before the first step
+            self._record_exit("preempted", "another rank has left at once")
+            return 0
         if self.rundir is not None:
             step = self.run.completed if self.run is not None else None
+            told = f"{type(error).__name__}: {error}"
             first = self.rundir.failed(
-                self.number, rank=self.world.rank, step=step, error=f"{type(error).__name__}: {error}"
+                self.number, rank=self.world.rank, step=step, error=told, kind=kind, retry=may_pass(kind)
             )
             self._status("failed", everyone=first)
+            self._record_exit("failed", told)
         elif isinstance(error, LauncherError) and error.exit_code == 2:
             first = self.world.is_main  # a wrong option is wrong on every rank
+            _refused(str(error))
         if not first:
-            return
+            return code
         where = f" rank {self.world.rank}:" if self.world.world_size > 1 and self.rundir is not None else ""
         if isinstance(error, LauncherError):
             print(f"launcher:{where} {printable(str(error))}", file=sys.stderr, flush=True)
         elif self.world.world_size > 1:
             print(f"launcher:{where} the recipe failed", file=sys.stderr)
             traceback.print_exception(type(error), error, _recipes_part(error.__traceback__), file=sys.stderr)
+        return code
 
-    def abandon(self) -> None:
-        """A second Ctrl-C: leave without a save."""
-        self._status("cancelled")
-        print("launcher: left at once, without a save", file=sys.stderr, flush=True)
+    def signalled(self, name: str) -> None:
+        """The first stop signal has come, in the thread that watches for them.
+
+        Before this start's first step there is nothing to save, and what a peer's failure has ended has no edge to
+        come: leave at once. Else the ranks agree at the next edge, which is waited for only so long: a rank that hangs
+        must not keep the others from saying how they ended.
+        """
+        if self.rundir is not None:
+            with suppress(LauncherError):
+                self.rundir.record_signal(self.number, rank=self.world.rank, name=name)
+            if self.rundir.failure(self.number) is not None:
+                self._leave_now("failed", f"{name}, after another rank had failed", 1)
+        if self.run is None or not self.run.stepped:
+            self._leave_now("preempted", f"{name} before the first step", 0)
+            return
+        patience = self.run.clock.patience
+        threading.Thread(target=self._wait_for_edge, args=(name, patience), name="launcher-edge", daemon=True).start()
+
+    def signalled_again(self, name: str) -> None:
+        """A second Ctrl-C, or a second signal of its kind: leave without a save, unless that is being written."""
+        self._leave_now("cancelled" if name == "SIGINT" else "preempted", f"a second {name}", 130)
+
+    def _wait_for_edge(self, name: str, patience: float) -> None:
+        if not self._settled.wait(patience):
+            self._leave_now("preempted", f"{name}, and no step's edge came in {patience:.0f} s", 1)
+
+    def _settle(self) -> None:
+        with self._ending:
+            self._settled.set()
+
+    def _leave_now(self, status: Status, reason: str, code: int) -> None:
+        """End the process from the thread that watches for signals, without a save."""
+        with self._ending:
+            if self._settled.is_set():
+                return
+            if status == "preempted" and self.rundir is not None and self.rundir.is_cancelled:
+                status = "cancelled"
+            with suppress(LauncherError):
+                self._status(status)
+            self._record_exit(status, reason)
+            if self.world.is_main or status == "failed":
+                print(f"launcher: left at once, without a save: {reason}", file=sys.stderr, flush=True)
+            os._exit(code)
+
+    def _record_exit(self, status: Status, reason: str = "") -> None:
+        if self.rundir is not None:
+            step = None if self.run is None else self.run.completed
+            with suppress(LauncherError):
+                self.rundir.record_exit(self.number, rank=self.world.rank, status=status, step=step, reason=reason)
 
     def leave(self, code: int) -> None:
         """End the process with `code`.
@@ -184,10 +252,17 @@ class Attempt:
         path, number = opened
         return RunDir(path, number), number
 
-    def _status(self, status: str, *, everyone: bool = False) -> None:
+    def _status(self, status: Status, *, everyone: bool = False) -> None:
         if self.rundir is not None and (self.world.is_main or everyone):
             step = {} if self.run is None else {"global_step": self.run.completed}
             self.rundir.update(status=status, **step)
+
+
+def _refused(why: str) -> None:
+    """Tell the batch script, if there is one, that no start of this run can go better."""
+    if run := os.environ.get("LAUNCHER_RUN"):
+        with suppress(OSError):
+            Path(run, "slurm", "refused").write_text(f"{printable(why)}\n")
 
 
 def _check_trackers(options: RunConfig) -> None:

@@ -16,6 +16,8 @@ __all__ = ["main"]
 
 COMMANDS = {
     "run": "run a recipe on this machine",
+    "submit": "queue a recipe as a SLURM job",
+    "resume": "queue a run's job again",
     "ckpt": "look at checkpoints, compare, export, import and prune them",
 }
 
@@ -58,6 +60,10 @@ def _dispatch(argv: list[str]) -> int:
         from launcher.ckpt import main as ckpt  # only then: it looks into xxhash and the room of checkpoints
 
         return ckpt(argv[1:])
+    elif command in ("submit", "resume"):
+        from launcher.slurm import submit as jobs
+
+        return (jobs.submit if command == "submit" else jobs.resume)(argv[1:])
     elif command is None:
         raise UsageError(f"name a command: {', '.join(COMMANDS)} (launcher --help)")
     elif command.endswith(".py"):

@@ -60,6 +60,7 @@ class Loop:
         while True:
             ballot = self.agreement.result()
             self.metrics.settle(ballot)
+            self.run.clock.edge(self.metrics.paused)
             last = bool(ballot.exhausted or ballot.finish) or (self.total is not None and index >= self.total)
             save = not last and self.run.saver.due(index, ballot)
             if last or save or ballot.stop:
@@ -193,5 +194,5 @@ class Loop:
                 counts.append(count or 0)
         loss, loss_count = self.metrics.loss()
         run = self.run
-        stop, finish, writer = run.signals.stop is not None, run.finish_reason is not None, run.saver.writer
+        stop, finish, writer = run.must_stop(), run.finish_reason is not None, run.saver.writer
         return Ballot(stop, exhausted, finish, loss, loss_count, self._left, writer.busy, writer.broken, tuple(counts))

@@ -79,7 +79,8 @@ class Metrics:
         self._newest: tuple[int, dict[str, Any]] = (-1, {})
         self.waited = 0.0
         """Seconds that this step has waited for data."""
-        self._paused = 0.0
+        self.paused = 0.0
+        """Seconds that evaluations and saves have taken."""
         self._window = Window(time.perf_counter())
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
@@ -104,7 +105,7 @@ class Metrics:
             self.write(step - 1, self.line(step - 1) | _numbers(before))
         elif before:
             self._unwritten.update(before)
-        line = Line(step, loss, local_count, count, samples, self.waited, time.perf_counter() - self._paused)
+        line = Line(step, loss, local_count, count, samples, self.waited, time.perf_counter() - self.paused)
         line.values = self._values.pop(step, {})
         self.waited = 0.0
         if loss is not None and loss.is_cuda:
@@ -170,7 +171,7 @@ class Metrics:
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - start
+            self.paused += time.perf_counter() - start
 
     def sync(self) -> None:
         """Make the lines written so far durable; from any thread.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,10 @@ from typing_extensions import TypeVar
 
 from launcher.average import average, evaluating
 from launcher.batches import plan_steps
+from launcher.clock import Clock
 from launcher.config import RunConfig
 from launcher.data import Loader
-from launcher.errors import RecipeError, UsageError
+from launcher.errors import LauncherError, RecipeError, UsageError
 from launcher.loop import Loop
 from launcher.metrics import Bar, Metrics, checked
 from launcher.optim import Optimizer, update_scaler
@@ -63,7 +66,10 @@ class Run:
         self.scaler = torch.amp.GradScaler(world.device.type) if config.precision == "fp16" else None
         self.completed = 0
         """Optimizer steps completed, over all attempts."""
+        self.stepped = False
+        """Whether this start has completed a step."""
         self.finish_reason: str | None = None
+        self.clock = Clock(os.environ, save_seconds=rundir.read().get("save_seconds"))
         self._accelerator, self._rundir, self._attempt = accelerator, rundir, attempt
         self.saver = Saver(self, rundir, attempt, settings)
         self._restorer = Restorer(self, rundir, self.saver.store, attempt, settings)
@@ -269,8 +275,11 @@ class Run:
         `score(batch)` gives, for each name, a sum and the count to divide it by. Models are in evaluation mode and no
         gradients are kept in here; both are restored, also when the ranks agree to stop inside.
         """
+        begun = time.perf_counter()
         with self._metrics.pause() if self._metrics is not None else nullcontext():
-            return average(self, score, data)
+            means = average(self, score, data)
+        self.clock.evaluated(time.perf_counter() - begun)
+        return means
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -349,9 +358,16 @@ class Run:
 
     def check_stop(self) -> None:
         """Where the state is whole, let all ranks agree whether to stop here; raises `Stopped` if they do."""
-        [stop] = self.world.sum(float(self.signals.stop is not None))
+        [stop] = self.world.sum(float(self.must_stop()))
         if stop and not (self._loop is not None and self._loop.in_step):
             raise Stopped
+
+    def must_stop(self) -> bool:
+        """Whether this rank has seen a signal, or rank 0's clock says that the job's end is near."""
+        signals = self.signals
+        if signals.stop is None and self.is_main and self.stepped and self.clock.due():
+            signals.stop = "the job's time limit"
+        return signals.stop is not None
 
     @property
     def mid_step(self) -> bool:
@@ -370,6 +386,11 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.stepped = optimizer.skipped = False
         self.completed = index + 1
+        if not self.stepped:
+            self.stepped = True
+            if self.is_main:
+                with suppress(LauncherError):  # a full disk is the next save's to tell
+                    self._rundir.record_step(self._attempt, self.completed)
 
     def close(self) -> None:
         """Stop the workers, the metrics and the trackers; a save in progress may end first."""

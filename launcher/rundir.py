@@ -28,7 +28,8 @@ from launcher.source import code_patch, describe_code, strip_credentials
 
 __all__ = ["RunDir", "Status"]
 
-Status = Literal["running", "finished", "preempted", "failed", "cancelled"]
+Status = Literal["pending", "running", "finished", "preempted", "failed", "cancelled"]
+"""`pending`: submitted, and never started since."""
 
 PACKAGES = ("launcher", "torch", "accelerate", "datasets", "numpy", "safetensors", "tokenizers", "transformers", "peft")
 # Nothing else of the environment is recorded: it holds tokens.
@@ -138,7 +139,8 @@ class RunDir:
         self._store(f"attempts/{attempt}/config.json", config)
         if recipe.is_file():
             self._keep("recipe.py", recipe.read_bytes(), attempt)
-        patch = code_patch(recipe.parent)
+        submitted = self._load("slurm/source.json")  # this is a copy of the code, made when the run was submitted
+        patch = code_patch(recipe.parent) if submitted is None else None
         if patch is not None:
             self._keep("code.patch", patch, attempt)
         before = self.read()
@@ -146,7 +148,7 @@ class RunDir:
             **{"status": "running", "attempt": attempt, "restarts": attempt - 1, "world_size": world_size},
             **{"global_step": before.get("global_step", 0), "total_steps": before.get("total_steps")},
             command=[strip_credentials(word) for word in command],
-            git=describe_code(recipe.parent),
+            git=describe_code(recipe.parent) if submitted is None else submitted.get("git"),
             versions=_versions(),
             python=f"{platform.python_version()} {sys.executable}",
             hosts=list(hosts) or [socket.gethostname()],
@@ -175,12 +177,14 @@ class RunDir:
                 raise
         return True
 
-    def failed(self, attempt: int, *, rank: int, step: int | None, error: str) -> bool:
+    def failed(
+        self, attempt: int, *, rank: int, step: int | None, error: str, kind: str = "code", retry: bool = False
+    ) -> bool:
         """Mark an attempt as failed; whether this rank is the first to say so, whose error is the one to tell."""
-        facts = {"rank": rank, "step": step, "error": strip_credentials(error), "time": _now()}
+        facts = {"rank": rank, "step": step, "error": strip_credentials(error), "kind": kind, "retry": retry}
         try:
             with open(self.path / "attempts" / str(attempt) / "failed", "x", encoding="utf-8") as file:
-                file.write(_json(facts).decode())
+                file.write(_json({**facts, **_here()}).decode())
         except FileExistsError:
             return False
         except OSError:  # a full disk, perhaps the very failure: then every rank tells its own
@@ -196,8 +200,29 @@ class RunDir:
 
     def record_exit(self, attempt: int, *, rank: int, status: Status, step: int | None, reason: str = "") -> None:
         """Write down why a rank leaves: an exit code cannot say it."""
-        facts = {"rank": rank, "status": status, "step": step, "reason": strip_credentials(reason), "time": _now()}
-        self._store(f"attempts/{attempt}/exit-{rank:05d}.json", _json(facts))
+        facts = {"rank": rank, "status": status, "step": step, "reason": strip_credentials(reason)}
+        self._store(f"attempts/{attempt}/exit-{rank:05d}.json", _json({**facts, **_here()}))
+
+    def record_signal(self, attempt: int, *, rank: int, name: str) -> None:
+        """Write down that a rank has seen its first stop signal."""
+        self._store(f"attempts/{attempt}/signal-{rank:05d}.json", _json({"rank": rank, "signal": name, **_here()}))
+
+    def record_step(self, attempt: int, step: int) -> None:
+        """Write down that an attempt has completed its first step."""
+        self._store(f"attempts/{attempt}/stepped", _json({"step": step, **_here()}))
+
+    def left(self, attempt: int, status: Status) -> bool:
+        """Whether a rank of an attempt has left with this status."""
+        for path in (self.path / "attempts" / str(attempt)).glob("exit-*.json"):
+            with suppress(LauncherError):
+                if (self._load(str(path.relative_to(self.path))) or {}).get("status") == status:
+                    return True
+        return False
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `launcher cancel` has asked the run to end."""
+        return (self.path / "slurm" / "cancelled").exists()
 
     def _has_failed(self) -> bool:
         number = self.attempt if self.attempt is not None else self.current_attempt()
@@ -286,6 +311,10 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def _here() -> dict[str, str]:
+    return {"host": socket.gethostname(), "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
 
 
 def _now() -> str:

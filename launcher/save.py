@@ -150,6 +150,9 @@ class Saver:
         """A save has ended; told at once, from the thread that wrote it."""
         if outcome.path is not None:
             self.published = outcome.step
+            warning = self._run.clock.saved(outcome.seconds)
+            if warning is not None and self._run.is_main:
+                self._run.print(f"launcher: {warning}")
         elif outcome.broken and not self._run.is_main:
             print(f"launcher: rank {self._run.rank}: {outcome.error}", file=sys.stderr, flush=True)
         elif outcome.broken or not (self._final or outcome.replaced):  # else it is the run's failure, and told as that

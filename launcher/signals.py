@@ -8,7 +8,6 @@ thread reads it here. SIGUSR2 is blocked in the main thread, after that thread e
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import threading
@@ -18,7 +17,9 @@ from collections.abc import Callable
 __all__ = ["Signals", "Stopped", "ignore_signals"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-SAME_KEYPRESS = 1.0  # seconds: the terminal and a launcher's agent both deliver one Ctrl-C
+# Seconds within which a signal that comes again is the same one: the terminal and a launcher's agent both deliver one
+# Ctrl-C; SLURM sends SIGTERM to a task twice in some preemptions, and an agent forwards it too.
+SAME = {signal.SIGINT: 1.0, signal.SIGTERM: 5.0, signal.SIGUSR2: 5.0}
 
 
 class Stopped(BaseException):
@@ -31,11 +32,16 @@ class Stopped(BaseException):
 class Signals:
     """Watches for the stop signals of this process. `stop` is the first one's name, or None."""
 
-    def __init__(self, on_abandon: Callable[[], None]) -> None:
-        """`on_abandon` is called, in the watching thread, when a second Ctrl-C says not to wait for an edge."""
+    def __init__(self, on_stop: Callable[[str], None], on_again: Callable[[str], None]) -> None:
+        """Both are called, in the watching thread, with a signal's name.
+
+        Args:
+            on_stop: the first stop signal has come.
+            on_again: one that had come before says not to wait for an edge.
+        """
         self.stop: str | None = None
-        self._on_abandon = on_abandon
-        self._interrupted_at: float | None = None
+        self._on_stop, self._on_again = on_stop, on_again
+        self._seen_at: dict[int, float] = {}
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         threading.Thread(target=self._watch, name="launcher-signals", daemon=True).start()
@@ -62,15 +68,14 @@ class Signals:
         self._reader.close()
 
     def _seen(self, number: int) -> None:
-        self.stop = self.stop or signal.Signals(number).name
-        if number != signal.SIGINT:
-            return
         now = time.monotonic()
-        if self._interrupted_at is None:
-            self._interrupted_at = now
-        elif now - self._interrupted_at > SAME_KEYPRESS:
-            self._on_abandon()
-            os._exit(128 + signal.SIGINT)
+        name = signal.Signals(number).name
+        before = self._seen_at.setdefault(number, now)
+        first, self.stop = self.stop is None, self.stop or name
+        if first:
+            self._on_stop(name)
+        elif now - before > SAME[signal.Signals(number)]:
+            self._on_again(name)
 
 
 def ignore_signals() -> None:

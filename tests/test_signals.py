@@ -19,7 +19,7 @@ def seen(signals):
 
 def test_the_first_signal_is_named_and_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)]
-    signals = Signals(lambda: None)
+    signals = Signals(lambda name: None, lambda name: None)
     try:
         os.kill(os.getpid(), signal.SIGUSR2)
         assert seen(signals) == "SIGUSR2"
@@ -36,7 +36,7 @@ def test_a_flag_rises_while_the_main_thread_sits_in_c():
     script = """
         import os, signal, subprocess, sys, threading, time, torch
         from launcher.signals import Signals
-        signals = Signals(lambda: None)
+        signals = Signals(lambda name: None, lambda name: None)
         a = torch.randn(1500, 1500)
         seen = []
         def watch():

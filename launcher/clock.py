@@ -1,0 +1,87 @@
+"""The job's end, known ahead: when a run must stop to have saved by then."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+__all__ = ["Clock"]
+
+FIRST_SAVE = 60.0  # seconds allowed for a save of which none has been measured
+
+
+class Clock:
+    """Measures steps, evaluations and saves, and says when to stop so that a last save ends before the job does.
+
+    A batch script exports LAUNCHER_JOB_END, the time by which its ranks must have ended, in seconds since 1970. Without
+    it nothing is ever due.
+    """
+
+    def __init__(
+        self, environ: Mapping[str, str], *, save_seconds: float | None = None, now: Callable[[], float] = time.time
+    ) -> None:
+        """`save_seconds` is what a save took in an earlier start."""
+        self._now = now
+        self._end = _number(environ.get("LAUNCHER_JOB_END")) or math.inf
+        self._lead, self._grace = _number(environ.get("LAUNCHER_SIGNAL_LEAD")), _number(environ.get("LAUNCHER_GRACE"))
+        self._step = self._evaluation = self._paused = 0.0
+        self._save = save_seconds
+        self._unmeasured = min(FIRST_SAVE, self.left / 10)
+        self._edge: float | None = None
+
+    @property
+    def need(self) -> float:
+        """Seconds from the decision to stop until all is saved: two steps, an evaluation, twice a save."""
+        return 2 * self._step + self._evaluation + 2 * (self._unmeasured if self._save is None else self._save)
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for a step's edge after a signal: ample, and no longer than the job has."""
+        return min(max(120.0, 4 * (self._step + self._evaluation)), max(0.0, self.left))
+
+    @property
+    def left(self) -> float:
+        """Seconds until the ranks must have ended."""
+        return self._end - self._now()
+
+    def due(self) -> bool:
+        """Whether to stop now."""
+        return self.left <= self.need
+
+    def edge(self, paused: float) -> None:
+        """A step's edge; evaluations and saves have taken `paused` seconds since the run began.
+
+        The longest step counts, and is forgotten slowly: one that compiles is not typical of those that follow.
+        """
+        now = time.perf_counter()
+        if self._edge is not None:
+            self._step = max(now - self._edge - (paused - self._paused), 0.9 * self._step)
+        self._edge, self._paused = now, paused
+
+    def evaluated(self, seconds: float) -> None:
+        """An evaluation took so long."""
+        self._evaluation = max(seconds, self._evaluation)
+
+    def saved(self, seconds: float) -> str | None:
+        """A save took so long; what to tell where SLURM's signal, or its grace, comes too late for another."""
+        first, self._save = self._save is None, seconds
+        if not first:
+            return None
+        short = []
+        if self._lead and self.need > self._lead:
+            short.append(f"--signal-lead {self._lead:.0f} is less: submit with --signal-lead {math.ceil(self.need)}")
+        if self._grace and self.need > self._grace:
+            short.append(
+                f"a preemption here leaves {self._grace:.0f} s (GraceTime and KillWait): what a stop cannot save is "
+                "trained again, from the last checkpoint"
+            )
+        return f"to stop and save takes up to {self.need:.0f} s; {'; '.join(short)}" if short else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if number > 0 and math.isfinite(number) else None

@@ -1,0 +1,1 @@
+"""SLURM: what a cluster has, jobs for it, and what became of them."""

@@ -1,0 +1,242 @@
+"""`launcher submit`: a recipe as a SLURM job, checked before it is queued; `launcher resume`: the same once more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.errors import LauncherError, UsageError
+from launcher.parser import Parser
+from launcher.rundir import RunDir
+from launcher.show import print_json, printable
+from launcher.slurm import record, sweep
+from launcher.slurm.flags import split
+from launcher.slurm.order import Order, Settled, copy_code, free, load, queue, sbatch, settle, try_out
+from launcher.slurm.rehearsal import Answer, Modules, rehearse
+from launcher.slurm.request import Request, Site, as_dict, read_flags, read_site
+from launcher.slurm.script import shipped
+
+__all__ = ["resume", "submit"]
+
+OF_ONE_RUN = ("array", "sweep", "chain", "after")
+
+
+def submit(argv: Sequence[str]) -> int:
+    """`launcher submit [flags] RECIPE [the recipe's options]`."""
+    parser = _parser("submit", "RECIPE [recipe options]", "Queue a recipe as a SLURM job that survives preemption.")
+    parser.add_argument("--cluster", metavar="NAME", help="the site's file of defaults; default: LAUNCHER_CLUSTER")
+    parser.add_argument("--no-check", action="store_true", help="do not start the recipe here to check its options")
+    given, (name, *options) = split(argv, parser, what="RECIPE")
+    dry_run, as_json, unchecked = given.pop("dry_run"), given.pop("json"), given.pop("no_check")
+    site = read_site(given.pop("cluster"), shipped() / "clusters")
+    request = read_flags(given, site)
+    recipe = _recipe(name)
+    grid = sweep.grid(request.sweep) if request.sweep is not None else []
+    asked = [[*options, *sweep.options(point)] for point in grid] or [options]
+    answers, modules = _rehearsed(request, recipe, asked, unchecked)
+    common, directory = _own(answers[0].argv[: len(options)])
+    indices, limit = sweep.indices(request.array) if request.array is not None else (list(range(len(grid))), "")
+    points = {index: answers[index].argv[len(options) :] if grid else [] for index in indices}
+    request = replace(request, parallel=int(limit[1:])) if limit else request
+    order = Order(
+        *(request, str(recipe), common, answers[0].name, os.getcwd(), site.name, dict(site.environment or {}), points)
+    )
+    here = shutil.which("scontrol") is not None or not dry_run
+    if not here:
+        print("launcher: there is no SLURM here: the request is not checked against a cluster", file=sys.stderr)
+    settled = settle(order, here=here)
+    directory = answers[0].dir or directory
+    if dry_run:
+        _show(settled, recipe, directory, here)
+        return 0
+    path, fresh = _directory(settled, directory)
+    try:
+        jobs = _write_and_queue(settled, path, recipe, modules, grid)
+    except BaseException:
+        if fresh:  # nothing of it is anybody's yet
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    _tell(path, jobs, as_json)
+    return 0
+
+
+def resume(argv: Sequence[str]) -> int:
+    """`launcher resume [flags] RUN [further options of the recipe]`."""
+    parser = _parser("resume", "RUN [recipe options]", "Queue a run's job again: it goes on from its last checkpoint.")
+    parser.add_argument("--new-code", action="store_true", help="run the code as it is now, not as it was submitted")
+    given, (name, *options) = split(argv, parser, what="RUN", without=("array", "sweep"))
+    dry_run, as_json, new_code = given.pop("dry_run"), given.pop("json"), given.pop("new_code")
+    path = record.find(name)
+    if record.is_sweep(path.parent) and not (path / "slurm" / "request.json").exists():
+        raise UsageError(f"{name} is one run of a sweep: launcher resume {path.parent} resumes all that have not ended")
+    before = load(path)
+    old = {key: value for key, value in as_dict(before.request).items() if key not in ("chain", "after")}
+    changed = {key: value for key, value in given.items() if value not in (None, [])}
+    if "gpus" in changed or "tasks" in changed:
+        old.pop("tasks", None)
+        old.pop("cpus", None)
+    request = read_flags({**old, **changed}, Site())
+    order = replace(before, request=request, arguments=[*before.arguments, *_own(options)[0]])
+    tasks = _unfinished(path) if before.points else ()
+    free(path)
+    settled = settle(order)
+    if dry_run:
+        print(f"+ {_line(sbatch(settled, path, tasks))}", file=sys.stderr)
+        print(settled.text(path), end="")
+        return 0
+    _refuse_finished(path, order, options)
+    if new_code:
+        recipe = _recipe(before.recipe)
+        _, modules = _rehearsed(request, recipe, [[*order.arguments, "--run.dir", str(path)]], False)
+        settled = replace(settled, order=replace(settled.order, code=copy_code(path, recipe, modules)[0]))
+    try_out(settled, path)
+    _tell(path, queue(settled, path, tasks), as_json)
+    return 0
+
+
+def _parser(command: str, behind: str, said: str) -> Parser:
+    parser = Parser(
+        prog=f"launcher {command}",
+        usage=f"launcher {command} [flags] {behind}",
+        description=said,
+        epilog="Defaults come from a site's file, slurm/clusters/NAME.toml: --cluster NAME, or LAUNCHER_CLUSTER.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the sbatch line and the batch script")
+    parser.add_argument("--json", action="store_true", help="print the job and the run directory for scripts")
+    return parser
+
+
+def _recipe(name: str) -> Path:
+    path = Path(name).absolute()
+    if path.is_dir():
+        raise UsageError(f"{name} is a directory: name the recipe's file")
+    if not path.is_file():
+        raise UsageError(f"{name}: there is no such recipe")
+    if path.suffix != ".py":
+        raise UsageError(f"{name} is no Python file: a recipe's name ends in .py")
+    return path
+
+
+def _rehearsed(request: Request, recipe: Path, asked: list[list[str]], unchecked: bool) -> tuple[list[Answer], Modules]:
+    if not unchecked:
+        return rehearse(recipe, asked, cpu=not request.gpus)
+    return [Answer({}, _own(argv)[1], recipe.stem, argv) for argv in asked], Modules((), {})
+
+
+def _own(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The recipe's options without `--run.dir`, and what that said."""
+    left: list[str] = []
+    directory = None
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name == "--run.dir":
+            directory = value if equals else next(tokens, None)
+        else:
+            left.append(token)
+    return left, directory
+
+
+def _directory(settled: Settled, given: str | None) -> tuple[Path, bool]:
+    """The run's directory (or the sweep's), and whether it was made for this."""
+    many = bool(settled.order.points)
+    if given is not None and (path := Path(given).expanduser().absolute()).exists():
+        free(path)
+        if many and any(path.iterdir()):
+            raise UsageError(f"{path} is not empty: a sweep takes a directory of its own (launcher resume goes on)")
+    fresh = given is None or not path.exists()
+    rundir = RunDir.open(given, name=f"{settled.order.name}-sweep" if many else settled.order.name)
+    if not many and rundir.read().get("status") == "finished" and not settled.order.arguments:
+        raise UsageError(f"{rundir.path}: the run has finished: ask for more --steps, or name another --run.dir")
+    (rundir.path / "slurm").mkdir(exist_ok=True)
+    return rundir.path, fresh
+
+
+def _write_and_queue(
+    settled: Settled, path: Path, recipe: Path, modules: Modules, grid: list[dict[str, str]]
+) -> list[str]:
+    code, copy = copy_code(path, recipe, modules)
+    if copy.left_out:
+        listed = "\n".join(f"  {printable(name)}" for name in copy.left_out[:10])
+        more = f"\n  and {len(copy.left_out) - 10} more" if len(copy.left_out) > 10 else ""
+        print(f"launcher: not in the copy of the code:\n{listed}{more}", file=sys.stderr)
+    order = replace(settled.order, code=code, arguments=_with_config(settled.order, path))
+    settled = replace(settled, order=order)
+    try_out(settled, path)
+    tasks = tuple(order.points)
+    for task in tasks:
+        (path / f"{task:05d}" / "slurm").mkdir(mode=0o700, parents=True)
+    if tasks:
+        parameters = list(grid[0]) if grid else []
+        named = {f"{task:05d}": grid[task] if grid else {} for task in tasks}
+        (path / "slurm" / "sweep.json").write_text(
+            json.dumps({"parameters": parameters, "points": named}, indent=2) + "\n"
+        )
+    return queue(settled, path, tasks)
+
+
+def _with_config(order: Order, path: Path) -> list[str]:
+    """The options, with a copy of the file that `--config` names: a run goes on with what it was started with."""
+    arguments = list(order.arguments)
+    for index, token in enumerate(arguments):
+        name, equals, value = token.partition("=")
+        if name != "--config" or (not equals and index + 1 == len(arguments)):
+            continue
+        source = Path(value if equals else arguments[index + 1])
+        copy = path / "slurm" / f"config{source.suffix}"
+        shutil.copyfile(source, copy)
+        arguments[index : index + (1 if equals else 2)] = [f"--config={copy}"]
+        break
+    return arguments
+
+
+def _unfinished(path: Path) -> tuple[int, ...]:
+    """The points of a sweep that have not ended well."""
+    tasks = []
+    for point in record.points(path):
+        with suppress(LauncherError):
+            if RunDir(point).read().get("status") == "finished":
+                continue
+        tasks.append(int(point.name))
+    if not tasks:
+        raise UsageError(f"{path}: all runs of the sweep have finished")
+    return tuple(tasks)
+
+
+def _refuse_finished(path: Path, order: Order, options: Sequence[str]) -> None:
+    if not order.points and not options and RunDir(path).read().get("status") == "finished":
+        raise UsageError(f"{path}: the run has finished: launcher resume {shlex.quote(path.name)} --steps N goes on")
+
+
+def _show(settled: Settled, recipe: Path, directory: str | None, here: bool) -> None:
+    """What `--dry-run` prints: the code would be copied, and stands here where it is."""
+    from launcher.slurm.order import Code
+
+    path = Path(directory or f"runs/{settled.order.name}-MMDD-HHMM-xyz").expanduser().absolute()
+    settled = replace(settled, order=replace(settled.order, code=Code(str(recipe))))
+    text = settled.text(path)
+    if here:
+        try_out(settled, path)
+    print(f"+ {_line(sbatch(settled, path, tuple(settled.order.points)))}", file=sys.stderr)
+    print(text, end="")
+
+
+def _line(argv: Sequence[str]) -> str:
+    return shlex.join(argv)
+
+
+def _tell(path: Path, jobs: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        print_json({"job": jobs[0], "jobs": list(jobs), "run": str(path)})
+        return
+    near = os.path.relpath(path)
+    shown = shlex.quote(near if not near.startswith("..") else str(path))
+    print(f"{'job' if len(jobs) == 1 else 'jobs'} {' '.join(jobs)}: {printable(str(path))}")
+    print(f"  launcher status {printable(shown)}\n  launcher logs -f {printable(shown)}")
