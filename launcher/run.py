@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -414,12 +415,15 @@ class Run:
                 self.print(f"launcher: stream {name!r}: {caveat}")
 
     def _tracker(self) -> Callable[[Mapping[str, float], int], None]:
-        """Accelerate's trackers, one run of theirs for all attempts."""
+        """Accelerate's trackers, one run of theirs for all starts of this one."""
         from accelerate.utils import ProjectConfiguration
 
+        name = self.dir.name
+        project = re.sub(r"-\d{4}-\d{4}-[a-z2-9]{3}$", "", name)  # what a fresh run directory adds to its name
+        goes_on = {"id": self._rundir.identity(), "name": name, "resume": "allow"}
         self._accelerator.project_configuration = ProjectConfiguration(logging_dir=str(self.dir / "trackers"))
         self._accelerator.log_with = list(self.config.tracker)
-        self._accelerator.init_trackers(self.dir.name)
+        self._accelerator.init_trackers(project, init_kwargs={"wandb": goes_on})
         return lambda values, step: self._accelerator.log(dict(values), step=step)
 
     def _before_steps(self, what: str, name: str, taken: Mapping[str, Any]) -> None:

@@ -147,6 +147,7 @@ class RunDir:
         self.update(
             **{"status": "running", "attempt": attempt, "restarts": attempt - 1, "world_size": world_size},
             **{"global_step": before.get("global_step", 0), "total_steps": before.get("total_steps")},
+            id=before.get("id") or "".join(secrets.choice(LETTERS) for _ in range(8)),
             command=[strip_credentials(word) for word in command],
             git=describe_code(recipe.parent) if submitted is None else submitted.get("git"),
             versions=_versions(),
@@ -154,6 +155,10 @@ class RunDir:
             hosts=list(hosts) or [socket.gethostname()],
             started=before.get("started", _now()),
         )
+
+    def identity(self) -> str:
+        """What tells this run from all others, also of its name: eight letters, drawn at its first start."""
+        return str(self.read().get("id", ""))
 
     def update(self, **facts: Any) -> bool:
         """Change what run.json says; False, and nothing written, where a newer attempt has taken over.

@@ -5,12 +5,15 @@
 # `launcher submit --template`. Lines @LIKE THIS@ were filled in. It starts a process a rank, and when they have ended
 # it decides, from what they wrote down, whether the job is to be requeued. `launcher resume` submits it again.
 
-run=@RUN@                                   # the run directory
-cwd=@CWD@                                   # where it was submitted: relative paths mean this
+cd -- @HOME@ || exit 1
+
+# the run directory; where it was submitted, which relative paths mean; the line that one can paste
+run=@RUN@
+cwd=@CWD@
 command=(@COMMAND@)
-after_kill=@AFTER_KILL@                     # seconds that SLURM gives between TERM and KILL, at a preemption
 @POINT@
-export LAUNCHER_RUN=$run LAUNCHER_CWD=$cwd LAUNCHER_GRACE=$after_kill LAUNCHER_SIGNAL_LEAD=@SIGNAL_LEAD@
+# seconds between SLURM's first signal and its last at a preemption, and before the time limit
+export LAUNCHER_RUN=$run LAUNCHER_CWD=$cwd LAUNCHER_GRACE=@AFTER_KILL@ LAUNCHER_SIGNAL_LEAD=@SIGNAL_LEAD@
 @ENVIRONMENT@
 @SETUP@
 
@@ -22,9 +25,9 @@ newest() { ls -- "$run/attempts" 2>/dev/null | sort -n | tail -n 1; }
 saved() { grep -s '^  "checkpoint": ' "$run/run.json"; }
 status() { sed -i "s/^  \"status\": \"[a-z]*\"/  \"status\": \"$1\"/" "$run/run.json"; }
 mkdir -p -- "$run/logs" "$run/slurm"
-exec >> "slurm/$me.out" 2>&1                # here, where SLURM's own lines are too, under the directory of --chdir
+exec >> "slurm/$me.out" 2>&1                # where SLURM's own lines are too
 say "$(date '+%F %T') job $me start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
-if grep -qs '"status": "finished"' "$run/run.json"; then say "the run has finished before"; exit 0; fi
+if grep -qs '^  "status": "finished"' "$run/run.json"; then say "the run has finished before"; exit 0; fi
 if [ -e "$run/slurm/cancelled" ]; then say "the run is cancelled"; exit 0; fi
 if grep -qs '^failed:' "$run/slurm/verdict" && [ -n "@CHAIN@" ]; then say "not tried again: $(<"$run/slurm/verdict")"; exit 1; fi
 rm -f -- "$run/slurm/verdict" "$run/slurm/refused"
@@ -37,7 +40,7 @@ MASTER_PORT=$((10000 + SLURM_JOB_ID % 22000))   # below the ports that the kerne
 while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-@THREADS@}
-ends() { date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null; }   # nothing where there is no limit
+ends() { date -d "$(squeue -h -j "$me" -o %e 2>/dev/null)" +%s 2>/dev/null; }   # nothing where there is no limit
 end=$(ends)
 [ -z "$end" ] || export LAUNCHER_JOB_END=$((end - 20))   # the ranks stop by themselves before it
 
@@ -50,8 +53,12 @@ late=''
 trap : TERM USR2                            # a preemption, scancel: the ranks stop by themselves
 trap 'late=1' USR1                          # from below: they have not, and the limit is near
 keep_time() {                               # the limit may be changed meanwhile
-  local left
-  while left=$(($(ends) - $(date +%s) - 10)) && [ "$left" -gt 0 ]; do sleep "$left"; done
+  local left now
+  while left=$((end - $(date +%s) - 10)) && [ "$left" -gt 0 ]; do
+    sleep "$left"
+    now=$(ends)
+    end=${now:-$end}
+  done
   kill -USR1 $$
 }
 [ -z "$end" ] || { (trap - TERM; keep_time) > /dev/null 2>&1 & keeper=$!; }
@@ -79,11 +86,11 @@ by_a_person() {                             # it is ending, and neither a limit,
   ending && ! again && [[ $slurm != *" Reason=TimeLimit "* ]] &&
     [[ $(squeue -h -t all -j "$me" -O PreemptTime 2>/dev/null) == N/A* ]]
 }
-if grep -qs '"status": "finished"' "$run/run.json"; then verdict=finished why="in $attempt starts"
+if grep -qs '^  "status": "finished"' "$run/run.json"; then verdict=finished why="in $attempt starts"
 elif by_a_person; then verdict=cancelled why="by a person"
-elif grep -qs '"retry": false' "$facts/failed"; then verdict=failed why=$failed
+elif grep -qs '^  "retry": false' "$facts/failed"; then verdict=failed why=$failed
 elif [ -e "$run/slurm/refused" ]; then verdict=failed why=$(<"$run/slurm/refused")
-elif grep -qsl '"status": "preempted"' "$facts"/exit-*.json; then verdict=preempted why="stopped at an agreed step"
+elif grep -qs '^  "status": "preempted"' "$facts"/exit-*.json; then verdict=preempted why="stopped by a signal, or ahead of the time limit"
 elif [ -n "$late" ]; then verdict=lost why="the ranks had not stopped 10 s before the time limit"
 else verdict=lost why="${failed:-a rank was killed, or could not start (exit code ${code:-none})}"; fi
 
@@ -114,7 +121,7 @@ until said=$(scontrol requeue "$me" 2>&1); do
   sleep 5                                   # slurmctld is away
 done
 node=$(sed -n 's/^  "host": "\([^"]*\)",\{0,1\}$/\1/p' "$facts/failed" 2>/dev/null)
-if grep -qs '"kind": "hardware"' "$facts/failed" && [ -n "$node" ]; then
+if grep -qs '^  "kind": "hardware"' "$facts/failed" && [ -n "$node" ]; then
   others=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N | sort -u | grep -cvx -- "$node")
   [ "$others" -lt "$SLURM_JOB_NUM_NODES" ] || scontrol update "JobId=$me" "ExcNodeList=$node"
 fi

@@ -86,6 +86,7 @@ def render(script: Script) -> str:
         raise UsageError(f"--template {path}: {getattr(error, 'strerror', None) or error}") from None
     blanks = {
         "SBATCH": "\n".join(f"#SBATCH {option}" for option in header(script)),
+        "HOME": shlex.quote(script.run),
         "RUN": _quoted_run(script),
         "CWD": shlex.quote(script.cwd),
         "COMMAND": shlex.join(_command(script)),

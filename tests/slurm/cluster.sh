@@ -135,10 +135,18 @@ answers() { timeout 3 scontrol ping 2>/dev/null | grep -q 'is UP'; }
 
 start_node() {   # start_node NAME [-b]
   if gone "$1"; then hold "$1"; plug "$1" "$NET.$((10 + ${1#node}))" "$(process "$1")" eth0; fi
-  # the controller believes in a reboot when the node booted after its last answer, in whole seconds
-  [ -z "${2:-}" ] || sleep 2
-  runs "$1" slurmd || inside "$1" slurmd ${2:-} -N "$1" -f "$SLURM_CONF"
+  if [ -n "${2:-}" ]; then
+    # the controller believes in a reboot when the node booted after its last answer, in whole seconds
+    local before; before=$(booted "$1"); sleep 2
+    inside "$1" slurmd -b -N "$1" -f "$SLURM_CONF"
+    await 20 "$1 does not report" rebooted "$1" "$before"
+    # this slurmd goes on saying that it has just booted, which would end jobs again
+    inside "$1" pkill -KILL -x slurmd; await 5 "slurmd does not end" ends "$1" slurmd
+  fi
+  runs "$1" slurmd || inside "$1" slurmd -N "$1" -f "$SLURM_CONF"
 }
+booted() { scontrol -o show node "$1" | grep -o 'BootTime=[^ ]*'; }
+rebooted() { [ "$(booted "$1")" != "$2" ]; }
 all_up() { [ "$(timeout 3 sinfo -h -N -o '%N %T' 2>/dev/null | sort -u | grep -cE ' (idle|mixed|allocated)$')" = "$NODES" ]; }
 
 configure() {
@@ -179,7 +187,7 @@ PreemptMode=REQUEUE
 SlurmctldTimeout=10
 SlurmdTimeout=10
 InactiveLimit=0
-KillWait=3
+KillWait=10
 MinJobAge=600
 MessageTimeout=10
 SchedulerParameters=sched_interval=5,bf_interval=5,sched_min_interval=1,batch_sched_delay=0,requeue_delay=0
@@ -187,6 +195,7 @@ GresTypes=gpu
 PartitionName=batch Nodes=ALL Default=YES DefaultTime=10 PriorityTier=1 PreemptMode=OFF
 PartitionName=low Nodes=ALL DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=grace Nodes=ALL DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=cancel Nodes=ALL DefaultTime=10 PriorityTier=1 PreemptMode=CANCEL
 PartitionName=high Nodes=ALL DefaultTime=10 PriorityTier=10 PreemptMode=OFF
 END
   echo AutoDetect=off > "$DIR/gres.conf"

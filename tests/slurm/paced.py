@@ -27,7 +27,8 @@ class Config:
 def train(run: launcher.Run, cfg: Config) -> None:
     # What is done to this process is in the environment, not in the options: a rerun has the same options.
     pace = float(os.environ.get("PACE", "0"))
-    raises = os.environ.get("RAISE", "")
+    raises = os.environ.get("RAISE", "")  # step:rank, in every start
+    breaks = os.environ.get("BREAK", "")  # step:rank, in the first start: as a GPU does
     generator = torch.Generator().manual_seed(1)
     data = (torch.randn(50, 8, generator=generator), torch.randn(50, 4, generator=generator))
     loader = run.loader(data, batch_size=cfg.batch_size, microbatch_size=cfg.microbatch_size)
@@ -42,6 +43,8 @@ def train(run: launcher.Run, cfg: Config) -> None:
         time.sleep(pace)
         if raises == f"{step.index}:{run.rank}":
             raise ValueError(f"planted at step {step.index}")
+        if breaks == f"{step.index}:{run.rank}" and "SLURM_RESTART_COUNT" not in os.environ:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         if step.every(cfg.eval_every):
             step.log(**run.average(score, loader))
         for x, y in step:

@@ -44,6 +44,8 @@ class Kind:
     env: dict[str, str] = field(default_factory=dict)
     restarts: bool = True
     """Whether a new start is needed."""
+    early: bool = False
+    """Whether it happens before the first step."""
 
 
 class Round:
@@ -60,8 +62,7 @@ class Round:
     def start(self) -> Round:
         """Submit the run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["--nodes", "2", "--gpus", "0", "--tasks", "1", "--json"]
-        flags += [] if "--time" in self.kind.flags else ["--time", "10"]
+        flags = ["--nodes", "2", "--gpus", "0", "--tasks", "1", "--time", "10", "--json"]  # the last word counts
         command = ["launcher", "submit", *flags, *self.kind.flags, str(RECIPE)]
         options = ["--steps", str(self.kind.steps), *OPTIONS, "--run.dir", str(self.path)]
         env = {"PACE": str(PACE), **self.kind.env}
@@ -77,7 +78,9 @@ class Round:
 
     def strike(self) -> Round:
         """Let it happen, at a random moment in training."""
-        if self.kind.strike is not nothing:
+        if self.kind.early:
+            self.until(lambda: list(self.path.glob("attempts/1/started.json")), "it did not start")
+        elif self.kind.strike is not nothing:
             self.until_step(self.random.randint(3, 2 * EVERY + 3))
             time.sleep(self.random.random() * PACE)
         self.struck = time.monotonic()
@@ -109,6 +112,9 @@ class Round:
             assert (facts["restarts"] >= 1) == self.kind.restarts, facts["restarts"]
             assert max(self.lost(), default=0) <= self.kind.loses, f"lost {self.lost()} steps"
             assert sorted(losses(self.path)) == list(range(1, self.kind.steps + 1))
+        if self.name == "hardware error":
+            first, second = sorted(self.path.glob("slurm/started-*"), key=lambda path: int(path.name.split("-")[2]))
+            assert first.read_text().split()[1] != second.read_text().split()[1], "the bad node was not avoided"
         assert not list(self.path.glob("checkpoints/*.partial*")), "half a checkpoint is left"
         for node in self.lab.nodes:
             left = [line for _, line in self.lab.processes(node) if str(self.path) in line]
@@ -210,8 +216,11 @@ def _cancel(round_: Round) -> None:
 KINDS = {
     "preemption": Kind(_preempt, flags=("--partition", "low")),
     "preemption with grace": Kind(_preempt, flags=("--partition", "grace")),
+    "preemption that cancels": Kind(_preempt, flags=("--partition", "cancel")),
     "time limit": Kind(nothing, flags=("--time", "1"), steps=LONG),
     "scontrol requeue": Kind(_requeue),
+    "scontrol requeue before the first step": Kind(_requeue, early=True),
+    "hardware error": Kind(nothing, loses=2 * EVERY - 1, flags=("--nodes", "1", "--tasks", "2"), env={"BREAK": "17:1"}),
     "node crash": Kind(_crash, loses=2 * EVERY - 1),
     "slurmctld restart": Kind(_restart_controller, restarts=False),
     "SIGKILL of a rank": Kind(_kill, loses=2 * EVERY - 1),

@@ -7,8 +7,11 @@ import pytest
 from tests.harness import tensors
 from tests.slurm.rounds import LONG, STEPS, Round, straight
 
-TOGETHER = ("time limit", "scontrol requeue", "SIGKILL of a rank", "scancel", "code error", "finished")
-ALONE = ("preemption", "preemption with grace", "node crash")
+TOGETHER = (
+    *("time limit", "scontrol requeue", "scontrol requeue before the first step", "SIGKILL of a rank"),
+    *("hardware error", "scancel", "code error", "finished"),
+)
+ALONE = ("preemption", "preemption with grace", "preemption that cancels", "node crash")
 HARMLESS = ("slurmctld restart", "drain")
 
 
