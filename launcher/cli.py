@@ -6,6 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from launcher.command import local_command, visible_gpus
 from launcher.errors import LauncherError, UsageError
@@ -17,8 +18,24 @@ __all__ = ["main"]
 COMMANDS = {
     "run": "run a recipe on this machine",
     "submit": "queue a recipe as a SLURM job",
+    "status": "runs and jobs: state and why, step, loss, rate",
+    "logs": "what a rank, or the batch script, has printed",
+    "cancel": "end runs, with a checkpoint",
     "resume": "queue a run's job again",
+    "drill": "a real preemption of a running job, timed",
+    "doctor": "can this machine or cluster do it",
     "ckpt": "look at checkpoints, compare, export, import and prune them",
+}
+# Where a command's function is; imported when it is called, so that `launcher --help` need not wait for all of them.
+FUNCTIONS = {
+    "submit": "launcher.slurm.submit:submit",
+    "status": "launcher.slurm.status:main",
+    "logs": "launcher.slurm.logs:main",
+    "cancel": "launcher.slurm.cancel:main",
+    "resume": "launcher.slurm.submit:resume",
+    "drill": "launcher.slurm.drill:main",
+    "doctor": "launcher.doctor.command:main",
+    "ckpt": "launcher.ckpt:main",
 }
 
 
@@ -56,14 +73,9 @@ def _dispatch(argv: list[str]) -> int:
         print(f"launcher {_version()}")
     elif command == "run":
         _run(argv[1:])
-    elif command == "ckpt":
-        from launcher.ckpt import main as ckpt  # only then: it looks into xxhash and the room of checkpoints
-
-        return ckpt(argv[1:])
-    elif command in ("submit", "resume"):
-        from launcher.slurm import submit as jobs
-
-        return (jobs.submit if command == "submit" else jobs.resume)(argv[1:])
+    elif command in FUNCTIONS:
+        module, _, function = FUNCTIONS[command].partition(":")
+        return int(getattr(import_module(module), function)(argv[1:]))
     elif command is None:
         raise UsageError(f"name a command: {', '.join(COMMANDS)} (launcher --help)")
     elif command.endswith(".py"):

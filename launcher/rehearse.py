@@ -36,9 +36,10 @@ def answer(asked: Path, config_type: type | None, *, prog: str, description: str
         name = options.name or Path(prog).stem
         points.append({"settings": settings, "dir": options.dir, "name": name, "argv": argv})
     files = _imported()
-    roots = sorted({str(_root(name, file)) for name, file in files.items()})
+    top = {name: file for name, file in files.items() if "." not in name}
+    roots = dict.fromkeys([*_search(), *(str(_root(file)) for file in top.values())])
     partial = asked.with_name(".answered")
-    partial.write_text(json.dumps({"points": points, "roots": roots, "files": files}))
+    partial.write_text(json.dumps({"points": points, "roots": [*roots], "files": top, "all": [*files.values()]}))
     partial.replace(asked.with_name("answered.json"))
 
 
@@ -48,7 +49,7 @@ def _plain(argv: Sequence[str], known: Mapping[str, Any]) -> list[str]:
     for token in argv:
         name, equals, value = token.partition("=")
         key = name.removeprefix("--").replace("-", "_")
-        if equals and known.get(key) is bool and value.lower() in ("true", "false"):
+        if name.startswith("--") and equals and known.get(key) is bool and value.lower() in ("true", "false"):
             group, dot, last = key.rpartition(".")
             token = flag(key) if value.lower() == "true" else flag(f"{group}{dot}no_{last}")
         plain.append(token)
@@ -56,22 +57,30 @@ def _plain(argv: Sequence[str], known: Mapping[str, Any]) -> list[str]:
 
 
 def _imported() -> dict[str, str]:
-    """The files of the top-level modules that are neither the standard library's nor an installed package's."""
-    paths = sysconfig.get_paths()
-    standard = {os.path.realpath(paths[key]) for key in ("stdlib", "platstdlib")}
+    """The files of the modules that are neither the standard library's nor an installed package's."""
     found = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if "." in name or name == "__main__" or not isinstance(file, str) or not os.path.isabs(file):
-            continue
-        parts = Path(file).parts
-        installed = "site-packages" in parts or "dist-packages" in parts
-        if not installed and not any(os.path.realpath(file).startswith(f"{root}{os.sep}") for root in standard):
+        if name != "__main__" and isinstance(file, str) and os.path.isabs(file) and not _installed(file):
             found[name] = file
     return dict(sorted(found.items()))
 
 
-def _root(name: str, file: str) -> Path:
+def _search() -> list[str]:
+    """The directories of the search path in which something else than that may be."""
+    return [entry for entry in sys.path if os.path.isabs(entry) and os.path.isdir(entry) and not _installed(entry)]
+
+
+def _installed(path: str) -> bool:
+    """Whether a file or directory is of Python itself or of an installed package."""
+    paths = sysconfig.get_paths()
+    standard = {os.path.realpath(paths[key]) for key in ("stdlib", "platstdlib")}
+    real = os.path.realpath(path)
+    packages = {"site-packages", "dist-packages"} & {*Path(path).parts}
+    return bool(packages) or any(real == root or real.startswith(f"{root}{os.sep}") for root in standard)
+
+
+def _root(file: str) -> Path:
     """The directory on the search path that a top-level module was found in."""
     path = Path(file)
     return path.parent.parent if path.stem == "__init__" else path.parent

@@ -70,7 +70,7 @@ class Run:
         self.stepped = False
         """Whether this start has completed a step."""
         self.finish_reason: str | None = None
-        self.clock = Clock(os.environ, save_seconds=rundir.read().get("save_seconds"))
+        self.clock = Clock(os.environ, save_seconds=rundir.read().get("save_seconds") if world.is_main else None)
         self._accelerator, self._rundir, self._attempt = accelerator, rundir, attempt
         self.saver = Saver(self, rundir, attempt, settings)
         self._restorer = Restorer(self, rundir, self.saver.store, attempt, settings)

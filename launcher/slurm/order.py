@@ -10,31 +10,48 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import LauncherError, UsageError
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, Status
 from launcher.show import printable
 from launcher.slurm import cluster, record, snapshot
 from launcher.slurm.rehearsal import Modules
-from launcher.slurm.request import Request, check, check_accounts, check_job, with_shares
+from launcher.slurm.request import Request, check, check_accounts, check_job, inside, with_shares
 from launcher.slurm.script import Script, check_rendered, render
 from launcher.source import code_patch, describe_code
 
-__all__ = ["Code", "Order", "copy_code", "free", "load", "queue", "settle"]
+__all__ = [
+    "Code",
+    "Order",
+    "Settled",
+    "UnansweredError",
+    "copy_code",
+    "free",
+    "load",
+    "queue",
+    "sbatch",
+    "settle",
+    "try_out",
+]
 
 LEAD = 120  # seconds
 KILL_WAIT = 30  # seconds, SLURM's own default
 # What a job must not inherit from the one that submits it, or from ranks around it.
 NOT_INHERITED = re.compile(
-    r"SLURM_(?!CONF$)|RANK$|WORLD_SIZE$|LOCAL_|MASTER_(ADDR|PORT)$|TORCHELASTIC_|"
+    r"SLURM_(?!CONF$)|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|TORCHELASTIC_|(SQUEUE|SINFO|SCONTROL|SACCT)_|"
     r"LAUNCHER_(JOB_END|GRACE|SIGNAL_LEAD|RUN|CWD)$|"
     r"SBATCH_(ARRAY_INX|CHDIR|WORK_DIR|ERROR|EXPORT|INPUT|JOB_NAME|OPEN_MODE|OUTPUT|REQUEUE|NO_REQUEUE|SIGNAL|WAIT)$"
 )
-BY_FLAG = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX"}
+BY_FLAG = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX", "gpus": "GPUS_PER_NODE"}
+
+
+class UnansweredError(LauncherError):
+    """sbatch does not answer: nobody knows whether it has queued the job."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,7 @@ class Settled:
     order: Order
     signal_lead: int
     grace: int
+    """Seconds that a preemption leaves; 0: nothing is preempted here."""
 
     def text(self, path: Path) -> str:
         """The batch script of the run at `path`."""
@@ -122,13 +140,12 @@ def settle(order: Order, *, here: bool = True) -> Settled:
     Raises:
         UsageError: the cluster can never give what is asked for.
     """
-    request = order.request
-    if request.python is None:
-        request = replace(request, python=sys.executable if request.container is None else "python3")
+    request = _filled(order.request)
     if not here:
         return Settled(replace(order, request=with_shares(request, [])), request.signal_lead or 0, KILL_WAIT)
-    partitions, nodes = cluster.partitions(), cluster.nodes()
-    request = with_shares(request, nodes)
+    partitions = cluster.partitions()
+    nodes = cluster.nodes()
+    request = with_shares(request, inside(request, partitions, nodes))
     check(request, partitions, nodes)
     check_accounts(request)
     check_job(request)
@@ -137,7 +154,17 @@ def settle(order: Order, *, here: bool = True) -> Settled:
     limit = partition.max_time if limit is None else limit
     kill_wait = re.match(r"\d+", cluster.configuration().get("KillWait", ""))
     grace = (int(kill_wait[0]) if kill_wait else KILL_WAIT) + partition.grace_time
+    grace = 0 if partition.preempt_mode == "OFF" else grace
     return Settled(replace(order, request=request), _lead(request, limit), grace)
+
+
+def _filled(request: Request) -> Request:
+    """The request with what the environment says to sbatch, and with the Python."""
+    said = {key: os.environ.get(f"SBATCH_{BY_FLAG.get(key, key.upper())}") for key in ("partition", "time", "account")}
+    filled: dict[str, Any] = {key: value for key, value in said.items() if value and getattr(request, key) is None}
+    if request.python is None:
+        filled["python"] = sys.executable if request.container is None else "python3"
+    return replace(request, **filled)
 
 
 def _lead(request: Request, limit: int | None) -> int:
@@ -147,10 +174,12 @@ def _lead(request: Request, limit: int | None) -> int:
     """
     if limit is None:
         return 0
-    if request.signal_lead is not None and request.signal_lead + 60 >= limit:
+    if request.signal_lead is None:
+        lead = min(LEAD, (limit - 60) // 4)
+        return lead if lead >= 10 else 0
+    if request.signal_lead + 60 >= limit:
         raise UsageError(f"--signal-lead {request.signal_lead}: with a limit of {limit} s the job would stop at once")
-    lead = min(request.signal_lead or LEAD, (limit - 60) // 4 if request.signal_lead is None else limit)
-    return lead if lead >= 10 else 0
+    return request.signal_lead
 
 
 def free(path: Path) -> None:
@@ -173,11 +202,10 @@ def copy_code(path: Path, recipe: Path, modules: Modules) -> tuple[Code, snapsho
     number = 1
     while (target := path / ("code" if number == 1 else f"code-{number}")).exists():
         number += 1
-    copy = snapshot.take(recipe, target)
-    roots = [copy.inside(Path(root)) for root in modules.roots]
-    search = dict.fromkeys([str(target), *(str(root) for root in roots if root is not None)])
+    copy = snapshot.take(recipe, target, [Path(file) for file in modules.all])
     inside = copy.inside(recipe)
-    assert inside is not None
+    if inside is None:
+        raise LauncherError(f"cannot copy {recipe}: {', '.join(copy.left_out) or 'it is gone'}")
     outside = {name: file for name, file in modules.files.items() if copy.inside(Path(file)) is None}
     source = {
         "directory": str(copy.source),
@@ -193,7 +221,25 @@ def copy_code(path: Path, recipe: Path, modules: Modules) -> tuple[Code, snapsho
         (path / "code.patch").write_bytes(patch)
     packages = sorted({f"{found.metadata['Name']}=={found.version}" for found in distributions()}, key=str.lower)
     (path / "slurm" / "packages.txt").write_text("\n".join(packages) + "\n")
-    return Code(str(inside), tuple(search)), copy
+    return Code(str(inside), _search(recipe, inside, copy, modules)), copy
+
+
+def _search(recipe: Path, inside: Path, copy: snapshot.Snapshot, modules: Modules) -> tuple[str, ...]:
+    """What goes first on PYTHONPATH: the copies of the directories in which the recipe finds its modules.
+
+    Raises:
+        UsageError: PYTHONPATH cannot hold them.
+    """
+    roots = [copy.inside(Path(root)) for root in modules.roots] if modules.roots else [copy.target]
+    if not os.environ.get("PYTHONSAFEPATH"):
+        roots = [root for root in roots if root != inside.parent]  # Python's own first place
+    beside = Path(os.path.realpath(recipe)).parent  # of a recipe that is a link: where its modules are
+    if copy.inside(beside) is None and str(beside) in modules.roots:
+        roots.append(beside)
+    search = tuple(dict.fromkeys(str(root) for root in roots if root is not None))
+    if any(":" in place for place in search):
+        raise UsageError(f"{copy.target.parent}: PYTHONPATH cannot hold a colon: name another --run.dir")
+    return search
 
 
 def queue(settled: Settled, path: Path, tasks: Sequence[int] = ()) -> list[str]:
@@ -209,45 +255,80 @@ def queue(settled: Settled, path: Path, tasks: Sequence[int] = ()) -> list[str]:
     """
     order = settled.order
     file = path / "slurm" / "job.sh"
-    file.write_text(settled.text(path))
+    file.write_bytes(os.fsencode(settled.text(path)))
     file.chmod(0o700)
     order.save(path)
-    for directory in [path / f"{task:05d}" for task in tasks] or [path]:
-        (directory / "slurm").mkdir(exist_ok=True)
+    runs = [RunDir(path / f"{task:05d}") for task in tasks] or [RunDir(path)]
+    before = [run.read().get("status") for run in runs]
+    for run in runs:
+        (run.path / "slurm").mkdir(exist_ok=True)
         for name in ("cancelled", "verdict", "idle"):
-            (directory / "slurm" / name).unlink(missing_ok=True)
-        RunDir(directory).update(status="pending")
-    jobs = []
-    for _ in range(order.request.chain or 1):
-        job = _sbatch(sbatch(settled, path, tasks), order.request)
-        record.add_submission(path, job, tuple(tasks))
-        jobs.append(job)
+            (run.path / "slurm" / name).unlink(missing_ok=True)
+        _set_status(run, "pending")
+    jobs: list[str] = []
+    try:
+        for _ in range(order.request.chain or 1):
+            jobs.append(_sbatch(sbatch(settled, path, tasks), order.request))
+            record.add_submission(path, jobs[-1], tuple(tasks))
+    except UnansweredError:
+        raise
+    except LauncherError:
+        with suppress(LauncherError):
+            if jobs:  # half a chain is none
+                cluster.ask(["scancel", *jobs])
+        for run, status in zip(runs, before, strict=True):
+            if status is not None:
+                _set_status(run, status)
+        raise
     return jobs
+
+
+def _set_status(run: RunDir, status: Status) -> None:
+    """Also of a run whose newest start has failed: the status is that of the next."""
+    RunDir(run.path, run.current_attempt() + 1).update(status=status)
 
 
 def sbatch(settled: Settled, path: Path, tasks: Sequence[int] = ()) -> list[str]:
     """The line that queues it. Paths stand here and not in the script: `#SBATCH` lines cannot quote them."""
     request = settled.order.request
-    argv = ["sbatch", "--parsable", f"--chdir={path}"]
-    if request.after is not None:
-        argv += [f"--dependency=afterok:{request.after}", "--kill-on-invalid-dep=yes"]
-    if request.chain is not None:
-        argv += ["--dependency=singleton"]
-    if tasks:
-        argv += [f"--array={','.join(map(str, tasks))}" + (f"%{request.parallel}" if request.parallel else "")]
+    argv = ["sbatch", "--parsable", f"--chdir={path}", *_relations(request, tasks)]
     return [*argv, str(path / "slurm" / "job.sh")]
 
 
-def try_out(settled: Settled, path: Path) -> None:
-    """Let sbatch say whether it would take the job.
+def _relations(request: Request, tasks: Sequence[int]) -> list[str]:
+    """The options that say what the job has to do with others."""
+    after = [] if request.after is None else [f"afterok:{request.after}"]
+    waits = [*after, *(["singleton"] if request.chain is not None else [])]
+    options = [f"--dependency={','.join(waits)}"] if waits else []
+    options += ["--kill-on-invalid-dep=yes"] if after else []
+    if tasks:
+        options += [f"--array={_ranges(tasks)}" + (f"%{request.parallel}" if request.parallel else "")]
+    return options
+
+
+def _ranges(tasks: Sequence[int]) -> str:
+    """Numbers in order as SLURM writes them, `0-9,12`: it takes no long lists."""
+    parts: list[list[int]] = []
+    for task in tasks:
+        if parts and task == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], task]
+        else:
+            parts.append([task])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def try_out(settled: Settled, path: Path, tasks: Sequence[int] = ()) -> None:
+    """Let sbatch say whether it would take the job; `path` need not be there yet.
 
     Raises:
         UsageError: it would not.
     """
-    done = _call(["sbatch", "--test-only"], settled.order.request, settled.text(path))
+    request = settled.order.request
+    done = _call(["sbatch", "--test-only", *_relations(request, tasks)], request, settled.text(path))
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it does not say why"]
-        raise UsageError(f"sbatch would refuse this: {printable(lines[-1].removeprefix('allocation failure: '))}")
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Try ")]
+        why = re.sub(r"^(sbatch: |error: |allocation failure: )+", "", lines[-1]) if lines else "it does not say why"
+        raise UsageError(f"sbatch would refuse this: {printable(why)}")
 
 
 def job_name(order: Order, path: Path) -> str:
@@ -270,18 +351,18 @@ def _call(argv: Sequence[str], request: Request, text: str | None) -> subprocess
         key: value for key, value in os.environ.items() if not NOT_INHERITED.match(key) and key not in dropped
     }
     try:
-        return subprocess.run(
+        done = subprocess.run(
             argv,
-            **({"stdin": subprocess.DEVNULL} if text is None else {"input": text}),
+            input=b"" if text is None else os.fsencode(text),
             capture_output=True,
-            text=True,
-            errors="replace",
             timeout=cluster.PATIENCE,
             env=environment,
         )
+        said = (os.fsdecode(done.stdout), os.fsdecode(done.stderr))
+        return subprocess.CompletedProcess(argv, done.returncode, *said)
     except FileNotFoundError:
         raise LauncherError("there is no sbatch here: run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise LauncherError(
+        raise UnansweredError(
             f"sbatch has not answered for {cluster.PATIENCE:.0f} s: launcher status says whether the job is there"
         ) from None

@@ -29,9 +29,11 @@ class Modules:
     """Where the recipe's imports came from, apart from the standard library and installed packages."""
 
     roots: tuple[str, ...]
-    """Directories on the search path."""
+    """Directories on the search path, in its order."""
     files: Mapping[str, str]
     """The file of each top-level module."""
+    all: tuple[str, ...] = ()
+    """The files of all modules."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,16 @@ class Answer:
     """The options as the recipe takes them; of a sweep's flags (`--tie=false`) in its own words (`--no-tie`)."""
 
 
-def rehearse(recipe: Path, argvs: Sequence[Sequence[str]], *, cpu: bool) -> tuple[list[Answer], Modules]:
+def rehearse(
+    recipe: Path, argvs: Sequence[Sequence[str]], *, python: str, environment: Mapping[str, str]
+) -> tuple[list[Answer], Modules]:
     """Start a recipe for each list of options, in one process, only as far as its config.
+
+    Args:
+        recipe: its file.
+        argvs: lists of options.
+        python: the Python to start it with.
+        environment: what its job will have beside this process's own environment.
 
     Raises:
         UsageError: it refuses them, or cannot be imported here; what it said stands above on stderr.
@@ -54,16 +64,17 @@ def rehearse(recipe: Path, argvs: Sequence[Sequence[str]], *, cpu: bool) -> tupl
     with tempfile.TemporaryDirectory(prefix="launcher-") as directory:
         asked = Path(directory, "asked.json")
         asked.write_text(json.dumps([list(argv) for argv in argvs]))
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        environment |= {VARIABLE: str(asked)} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
+        own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
         try:
             done = subprocess.run(
-                [sys.executable, str(recipe)],
+                [python, str(recipe)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                env=environment,
+                env={**own, **environment, VARIABLE: str(asked)},
                 timeout=PATIENCE,
             )
+        except OSError as error:
+            raise UsageError(f"--python {python}: {error.strerror}") from None
         except subprocess.TimeoutExpired:
             raise UsageError(
                 f"{recipe} did not get to launcher.main in {PATIENCE:.0f} s: see why with --help"
@@ -74,7 +85,7 @@ def rehearse(recipe: Path, argvs: Sequence[Sequence[str]], *, cpu: bool) -> tupl
             _refused(recipe, done.returncode, said)
         answers = json.loads(answered.read_text())
     found = [Answer(**answer) for answer in answers["points"]]
-    return found, Modules(tuple(answers["roots"]), answers["files"])
+    return found, Modules(tuple(answers["roots"]), answers["files"], tuple(answers["all"]))
 
 
 def _refused(recipe: Path, code: int, said: str) -> None:

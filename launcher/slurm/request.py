@@ -23,6 +23,7 @@ __all__ = [
     "check",
     "check_accounts",
     "check_job",
+    "inside",
     "read_flags",
     "read_site",
     "with_shares",
@@ -105,7 +106,7 @@ def read_site(name: str | None, shipped: Path) -> Site:
         known = sorted({file.stem for place in places for file in place.glob("*.toml")})
         raise UsageError(f"--cluster {name}: no such file{meant(name, known)}; there are {', '.join(known) or 'none'}")
     try:
-        said = tomllib.loads(path.read_text())
+        said = tomllib.loads(path.read_bytes().decode())
     except (OSError, ValueError) as error:
         raise UsageError(f"--cluster {path}: {error}") from None
     for table in said:
@@ -116,6 +117,8 @@ def read_site(name: str | None, shipped: Path) -> Site:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) or isinstance(value, dict | list):
             raise UsageError(f"--cluster {path}: environment.{key}: a variable's name, and one value")
         variables[key] = str(value).lower() if isinstance(value, bool) else str(value)
+        if "\0" in variables[key]:
+            raise UsageError(f"--cluster {path}: environment.{key}: no variable can hold a NUL")
     submit = {key: _from_site(path, key, value) for key, value in said.get("submit", {}).items()}
     return Site(path.stem, {key.replace("-", "_"): value for key, value in submit.items()}, variables)
 
@@ -150,6 +153,9 @@ def read_flags(given: Mapping[str, Any], site: Site) -> Request:
     if own.get("gpus") and own.get("tasks") is None:
         values.pop("tasks", None)  # the site's, for its CPU jobs
     request = Request(**values)
+    for key, value in values.items():
+        if value == "":
+            raise UsageError(f"--{key.replace('_', '-')} is empty")
     for key, least in LEAST.items():
         value = getattr(request, key)
         if value is not None and value < least:
@@ -179,11 +185,23 @@ def read_flags(given: Mapping[str, Any], site: Site) -> Request:
     return request
 
 
+def inside(
+    request: Request, partitions: Sequence[cluster.Partition], nodes: Sequence[cluster.Node]
+) -> list[cluster.Node]:
+    """The nodes of the partition that a job goes to.
+
+    Raises:
+        UsageError: there is no such partition.
+    """
+    partition = _partition(request, partitions)
+    return [node for node in nodes if partition.name in node.partitions]
+
+
 def with_shares(request: Request, nodes: Sequence[cluster.Node]) -> Request:
-    """The request with the number of nodes, and a process's share of the cores, filled in."""
+    """The request with the number of nodes, and a process's share of the cores of one of `nodes`, filled in."""
     request = replace(request, nodes=request.nodes or 1, tasks=request.tasks or request.gpus or 1)
     if request.cpus is None and request.gpus:
-        shares = [node.cpus // node.gpus for node in nodes if node.gpus and _in(node, request)]
+        shares = [node.cpus // node.gpus for node in nodes if node.gpus >= request.gpus]
         return replace(request, cpus=max(1, min(shares))) if shares else request
     return request
 
@@ -219,8 +237,7 @@ def check(request: Request, partitions: Sequence[cluster.Partition], nodes: Sequ
         value = getattr(request, what)
         if value is not None and allowed is not None and value not in allowed:
             raise UsageError(f"--{what} {value}: partition {partition.name} allows {', '.join(allowed)}")
-    inside = [node for node in nodes if partition.name in node.partitions]
-    _check_nodes(request, partition, inside)
+    _check_nodes(request, partition, inside(request, partitions, nodes))
 
 
 def _partition(request: Request, partitions: Sequence[cluster.Partition]) -> cluster.Partition:
@@ -238,27 +255,28 @@ def _partition(request: Request, partitions: Sequence[cluster.Partition]) -> clu
     return found
 
 
-def _check_nodes(request: Request, partition: cluster.Partition, inside: Sequence[cluster.Node]) -> None:
+def _check_nodes(request: Request, partition: cluster.Partition, there: Sequence[cluster.Node]) -> None:
     count, where = request.nodes or 1, f"partition {partition.name}"
     if partition.max_nodes is not None and count > partition.max_nodes:
         raise UsageError(f"--nodes {count}: {where} allows {partition.max_nodes} at most")
-    if count > len(inside):
-        raise UsageError(f"--nodes {count}: {where} has {len(inside)}")
+    if count > len(there):
+        raise UsageError(f"--nodes {count}: {where} has {len(there)}")
     if request.constraint is not None and re.fullmatch(r"\w+", request.constraint):
-        known = sorted({feature for node in inside for feature in node.features})
+        known = sorted({feature for node in there for feature in node.features})
         if request.constraint not in known:
             raise UsageError(
                 f"--constraint {request.constraint}: no node of {where} has it; there are {', '.join(known) or 'none'}"
             )
     tasks = request.tasks or request.gpus or 1
     cores = (request.cpus or 1) * tasks
-    for said, wanted, unit, there in (
-        (f"--gpus {request.gpus}", request.gpus or 0, "GPUs", [node.gpus for node in inside]),
-        (f"--cpus {request.cpus} for each of {tasks} processes", cores, "cores", [node.cpus for node in inside]),
+    each = "" if request.cpus is None else f"--cpus {request.cpus} for each of "
+    for said, wanted, unit, numbers in (
+        (f"--gpus {request.gpus}", request.gpus or 0, "GPUs", [node.gpus for node in there]),
+        (f"{each}{tasks} processes", cores, "cores", [node.cpus for node in there]),
     ):
-        if wanted > max(there):
-            raise UsageError(f"{said}: a node of {where} has {max(there)} {unit} at most")
-        if (enough := sum(number >= wanted for number in there)) < count:
+        if wanted > max(numbers):
+            raise UsageError(f"{said}: a node of {where} has {max(numbers)} {unit} at most")
+        if (enough := sum(number >= wanted for number in numbers)) < count:
             raise UsageError(f"--nodes {count}: only {enough} of {where} have {wanted} {unit}")
 
 
@@ -303,10 +321,6 @@ def check_job(request: Request) -> None:
 def as_dict(request: Request) -> dict[str, Any]:
     """What differs from a request that says nothing, for JSON."""
     return {key: value for key, value in asdict(request).items() if value not in (None, (), [])}
-
-
-def _in(node: cluster.Node, request: Request) -> bool:
-    return request.partition is None or request.partition in node.partitions
 
 
 def _user() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from launcher.slurm.request import Request, allocation
 
 __all__ = ["Script", "check_rendered", "render", "shipped"]
 
-SAFE = re.compile(r"[\w@%+=:,./\[\]*&|()!~^#?{}-]+", re.ASCII)  # what `#SBATCH` lines need no quotes for
+SAFE = re.compile(r"[\w@%+=:,./\[\]*&|()!~^?{}-]+", re.ASCII)  # what `#SBATCH` lines need no quotes for
 RANKS = """\
 first_log=$run/logs/rank-00000.txt
 task='
@@ -81,9 +83,9 @@ def render(script: Script) -> str:
     request = script.request
     path = Path(request.template).expanduser() if request.template else shipped() / "job.sh"
     try:
-        template = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--template {path}: {getattr(error, 'strerror', None) or error}") from None
+        template = os.fsdecode(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"--template {path}: {error.strerror}") from None
     blanks = {
         "SBATCH": "\n".join(f"#SBATCH {option}" for option in header(script)),
         "HOME": shlex.quote(script.run),
@@ -113,7 +115,7 @@ def header(script: Script) -> list[str]:
     """The `#SBATCH` options; values that such a line cannot hold are refused.
 
     Raises:
-        UsageError: a value has blanks, quotes or line breaks.
+        UsageError: a value has blanks, quotes, line breaks or `#`.
     """
     options = [f"--job-name={script.name}", *allocation(script.request)]
     options += [f"--signal=USR2@{script.signal_lead}"] if script.signal_lead else []
@@ -123,7 +125,7 @@ def header(script: Script) -> list[str]:
     for option in options:
         key, _, value = option.partition("=")
         if value and not SAFE.fullmatch(value):
-            raise UsageError(f"{key} {value!r}: a value of SLURM's that has blanks or quotes cannot be given")
+            raise UsageError(f"{key} {value!r}: a value of SLURM's that has blanks, quotes or # cannot be given")
     return options
 
 
@@ -168,7 +170,7 @@ def _task(request: Request) -> str:
     if request.via == "accelerate":
         processes = (request.nodes or 1) * (request.tasks or 1)
         many = f"{'--multi_gpu ' if processes > 1 else ''}--num_processes {processes}"
-        return AGENTS.replace("INSIDE", inside).replace("MANY", many)
+        return AGENTS.replace("MANY", many).replace("INSIDE", inside)
     return RANKS.replace("INSIDE", inside)
 
 
@@ -190,9 +192,7 @@ def check_rendered(text: str) -> None:
     Raises:
         LauncherError: in bash's own words.
     """
-    import subprocess
-
-    done = subprocess.run(["bash", "-n"], input=text.encode(), capture_output=True, timeout=20)
+    done = subprocess.run(["bash", "-n"], input=os.fsencode(text), capture_output=True, timeout=20)
     if done.returncode:
         line = done.stderr.decode(errors="replace").strip().partition("\n")[0].removeprefix("bash: ")
         raise LauncherError(f"the batch script is no bash: {line} (a --setup line or the --template?)")

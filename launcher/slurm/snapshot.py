@@ -32,64 +32,90 @@ class Snapshot:
 
     def inside(self, path: Path) -> Path | None:
         """The copy of `path`; None where that was not copied."""
-        try:
-            copy = self.target / path.relative_to(self.source)
-        except ValueError:
-            return None
-        return copy if copy.exists() else None
+        name = _name(path, self.source)
+        return self.target / name if name is not None and (self.target / name).exists() else None
 
 
-def take(recipe: Path, target: Path) -> Snapshot:
+def take(recipe: Path, target: Path, needed: Sequence[Path] = ()) -> Snapshot:
     """Copy the code that a recipe belongs to, into the new directory `target`.
 
     In a git repository these are its files, tracked or not, that are not ignored; elsewhere the Python files of the
-    recipe's directory and below. Links are copied as links where they lead inside, else as what they lead to.
+    recipe's directory and below. Other runs that lie there are no code. Links are copied as links where they lead to a
+    directory, else as what they lead to.
+
+    Args:
+        recipe: the recipe's file.
+        target: the directory of the copy, which is not there yet.
+        needed: files that it imports: of these, what lies inside is copied also where git ignores it.
 
     Raises:
         LauncherError: the copy cannot be written.
     """
-    source = _repository(recipe.parent)
-    names = _python_files(recipe.parent) if source is None else _listed(source)
-    source = source or recipe.parent
+    top = _repository(recipe.parent)
+    source = Path(os.path.realpath(top or recipe.parent))
+    names = _python_files(source) if top is None else _listed(source)
+    first = {name for name in (_name(path, source) for path in (recipe, *needed)) if name is not None}
+    others = _without_runs([name for name in names if name not in first], source, [source / name for name in first])
     left_out: list[str] = []
     size = copied = 0
-    own = recipe.relative_to(source).as_posix()
-    for name in sorted(names, key=lambda name: (name != own, name)):  # the recipe first: it is never left out
+    for name in (*sorted(first), *sorted(others)):
         path = source / name
+        if not os.path.lexists(path):  # deleted, and not yet committed
+            continue
+        if why := _unfit(path):
+            left_out.append(f"{name} ({why})")
+            continue
         try:
-            if path.is_dir():  # a submodule, or a link to a directory
-                if path.is_symlink():
-                    copied += _link(path, target / name)
-                else:
-                    left_out.append(f"{name}/ (a repository of its own)")
-                continue
-            bytes_ = path.stat().st_size
-            if name != own and (bytes_ > FILE_LIMIT or size + bytes_ > LIMIT):
+            bytes_ = 0 if path.is_dir() else path.stat().st_size
+            if name not in first and (bytes_ > FILE_LIMIT or size + bytes_ > LIMIT):
                 left_out.append(f"{name} ({bytes_ / 2**20:.1f} MiB)")
                 continue
-            _make(target / name)
-            shutil.copy2(path, target / name)
-        except FileNotFoundError:  # deleted, and not yet committed
-            continue
-        except PermissionError as error:
-            if error.filename != str(path):
-                raise LauncherError(f"cannot copy {path} to {target}: {error.strerror}") from None
-            left_out.append(f"{name} ({error.strerror})")
-            continue
+            _copy(path, target / name, source)
         except OSError as error:
-            raise LauncherError(f"cannot copy {path} to {target}: {error.strerror}") from None
+            raise LauncherError(f"cannot copy {path} to {target}: {error.strerror or error}") from None
         size, copied = size + bytes_, copied + 1
     return Snapshot(source, target, copied, size, tuple(left_out))
 
 
-def _make(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _name(path: Path, source: Path) -> str | None:
+    """What a file is called inside `source`, by whatever way it was reached; None outside."""
+    for way in (Path(os.path.realpath(path.parent), path.name), Path(os.path.realpath(path))):
+        if way.is_relative_to(source):
+            return way.relative_to(source).as_posix()
+    return None
 
 
-def _link(path: Path, copy: Path) -> int:
-    _make(copy)
-    copy.symlink_to(os.readlink(path) if not os.path.isabs(os.readlink(path)) else path.resolve())
-    return 1
+def _without_runs(names: Sequence[str], source: Path, ours: Sequence[Path]) -> list[str]:
+    """The files that are of no run: copies of code in copies of code would fill the disk. `ours` are of none."""
+    known = {parent: False for path in ours for parent in path.parents} | {source: False}
+
+    def of_run(directory: Path) -> bool:
+        if directory not in known:
+            started = (directory / "run.json").exists() and (directory / "attempts").is_dir()
+            submitted = (directory / "slurm" / "jobs.jsonl").exists()
+            known[directory] = started or submitted or of_run(directory.parent)
+        return known[directory]
+
+    return [name for name in names if not of_run((source / name).parent)]
+
+
+def _unfit(path: Path) -> str | None:
+    """Why something cannot be copied."""
+    if path.is_dir():
+        return None if path.is_symlink() else "a repository of its own"
+    if not path.is_file():
+        return "no file"
+    return None if os.access(path, os.R_OK) else "it may not be read"
+
+
+def _copy(path: Path, copy: Path, source: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        shutil.copy2(path, copy)
+        return
+    real = path.resolve()
+    inside = real.is_relative_to(source)  # then to the copy of what it leads to
+    copy.symlink_to(os.path.relpath(real, path.parent) if inside else real)
 
 
 def _repository(directory: Path) -> Path | None:
@@ -118,7 +144,9 @@ def _python_files(directory: Path) -> Sequence[str]:
 
 def _git(directory: Path, *arguments: str) -> bytes | None:
     command = ["git", "-C", str(directory), *arguments]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of the hook that this may run in
+    environment = {key: value for key, value in os.environ.items() if key not in others}
+    environment |= {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=120)
     except (OSError, subprocess.TimeoutExpired):

@@ -6,8 +6,9 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,19 @@ from launcher.rundir import RunDir
 from launcher.show import print_json, printable
 from launcher.slurm import record, sweep
 from launcher.slurm.flags import split
-from launcher.slurm.order import Order, Settled, copy_code, free, load, queue, sbatch, settle, try_out
+from launcher.slurm.order import (
+    Code,
+    Order,
+    Settled,
+    UnansweredError,
+    copy_code,
+    free,
+    load,
+    queue,
+    sbatch,
+    settle,
+    try_out,
+)
 from launcher.slurm.rehearsal import Answer, Modules, rehearse
 from launcher.slurm.request import Request, Site, as_dict, read_flags, read_site
 from launcher.slurm.script import shipped
@@ -34,31 +47,43 @@ def submit(argv: Sequence[str]) -> int:
     parser.add_argument("--cluster", metavar="NAME", help="the site's file of defaults; default: LAUNCHER_CLUSTER")
     parser.add_argument("--no-check", action="store_true", help="do not start the recipe here to check its options")
     given, (name, *options) = split(argv, parser, what="RECIPE")
+    if {"--help", "-h"} & {*options}:
+        return subprocess.run([given["python"] or sys.executable, str(_recipe(name)), "--help"]).returncode
     dry_run, as_json, unchecked = given.pop("dry_run"), given.pop("json"), given.pop("no_check")
     site = read_site(given.pop("cluster"), shipped() / "clusters")
-    request = read_flags(given, site)
+    request = _anywhere(read_flags(given, site))
     recipe = _recipe(name)
     grid = sweep.grid(request.sweep) if request.sweep is not None else []
     asked = [[*options, *sweep.options(point)] for point in grid] or [options]
-    answers, modules = _rehearsed(request, recipe, asked, unchecked)
+    environment = dict(site.environment or {})
+    if unchecked:
+        answers, modules = [Answer({}, _own(argv)[1], recipe.stem, argv) for argv in asked], Modules((), {})
+    else:
+        answers, modules = _rehearsed(request, recipe, asked, environment)
     common, directory = _own(answers[0].argv[: len(options)])
-    indices, limit = sweep.indices(request.array) if request.array is not None else (list(range(len(grid))), "")
+    indices, limit = sweep.indices(request.array) if request.array is not None else (list(range(len(grid))), None)
     points = {index: answers[index].argv[len(options) :] if grid else [] for index in indices}
-    request = replace(request, parallel=int(limit[1:])) if limit else request
+    request = replace(request, parallel=limit) if limit is not None else request
     order = Order(
-        *(request, str(recipe), common, answers[0].name, os.getcwd(), site.name, dict(site.environment or {}), points)
+        *(request, str(recipe), common, answers[0].name, os.getcwd(), site.name),
+        *(environment, points, Code(str(recipe))),
     )
     here = shutil.which("scontrol") is not None or not dry_run
     if not here:
         print("launcher: there is no SLURM here: the request is not checked against a cluster", file=sys.stderr)
     settled = settle(order, here=here)
     directory = answers[0].dir or directory
+    draft = Path(directory or f"runs/{order.name}-MMDD-HHMM-xyz").expanduser().absolute()
+    if here:
+        try_out(settled, draft, tuple(points))
     if dry_run:
-        _show(settled, recipe, directory, here)
+        _show(settled, draft, tuple(points))
         return 0
     path, fresh = _directory(settled, directory)
     try:
         jobs = _write_and_queue(settled, path, recipe, modules, grid)
+    except UnansweredError:
+        raise
     except BaseException:
         if fresh:  # nothing of it is anybody's yet
             shutil.rmtree(path, ignore_errors=True)
@@ -82,21 +107,28 @@ def resume(argv: Sequence[str]) -> int:
     if "gpus" in changed or "tasks" in changed:
         old.pop("tasks", None)
         old.pop("cpus", None)
-    request = read_flags({**old, **changed}, Site())
+    request = _anywhere(read_flags({**old, **changed}, Site()))
     order = replace(before, request=request, arguments=[*before.arguments, *_own(options)[0]])
     tasks = _unfinished(path) if before.points else ()
-    free(path)
-    settled = settle(order)
-    if dry_run:
-        print(f"+ {_line(sbatch(settled, path, tasks))}", file=sys.stderr)
-        print(settled.text(path), end="")
-        return 0
     _refuse_finished(path, order, options)
+    free(path)
+    recipe, modules = _recipe(before.recipe) if new_code else Path(before.code.recipe), Modules((), {})
+    if not recipe.is_file():
+        raise UsageError(f"{recipe}, the copy of the code, is gone: --new-code takes it from {before.recipe} again")
+    if new_code or options:
+        asked = [[*order.arguments, *point] for point in order.points.values()] or [[*order.arguments]]
+        asked = asked if order.points else [[*asked[0], "--run.dir", str(path)]]
+        path_of_code = {"PYTHONPATH": ":".join([*before.code.path, *filter(None, [os.environ.get("PYTHONPATH")])])}
+        environment = before.environment if new_code else {**before.environment, **path_of_code}
+        _, modules = _rehearsed(request, recipe, asked, environment)
+    settled = settle(order)
+    try_out(settled, path, tasks)
+    if dry_run:
+        _show(settled, path, tasks)
+        return 0
     if new_code:
-        recipe = _recipe(before.recipe)
-        _, modules = _rehearsed(request, recipe, [[*order.arguments, "--run.dir", str(path)]], False)
         settled = replace(settled, order=replace(settled.order, code=copy_code(path, recipe, modules)[0]))
-    try_out(settled, path)
+    settled = replace(settled, order=replace(settled.order, arguments=_with_config(settled.order, path)))
     _tell(path, queue(settled, path, tasks), as_json)
     return 0
 
@@ -113,6 +145,13 @@ def _parser(command: str, behind: str, said: str) -> Parser:
     return parser
 
 
+def _anywhere(request: Request) -> Request:
+    """The request with a template that is found from any directory: the run may be resumed from another."""
+    if request.template is None:
+        return request
+    return replace(request, template=str(Path(request.template).expanduser().absolute()))
+
+
 def _recipe(name: str) -> Path:
     path = Path(name).absolute()
     if path.is_dir():
@@ -124,10 +163,12 @@ def _recipe(name: str) -> Path:
     return path
 
 
-def _rehearsed(request: Request, recipe: Path, asked: list[list[str]], unchecked: bool) -> tuple[list[Answer], Modules]:
-    if not unchecked:
-        return rehearse(recipe, asked, cpu=not request.gpus)
-    return [Answer({}, _own(argv)[1], recipe.stem, argv) for argv in asked], Modules((), {})
+def _rehearsed(
+    request: Request, recipe: Path, asked: list[list[str]], environment: Mapping[str, str]
+) -> tuple[list[Answer], Modules]:
+    python = request.python if request.python is not None and request.container is None else sys.executable
+    cpu = {} if request.gpus else {"ACCELERATE_USE_CPU": "true"}
+    return rehearse(recipe, asked, python=python, environment={**cpu, **environment})
 
 
 def _own(argv: Sequence[str]) -> tuple[list[str], str | None]:
@@ -147,7 +188,7 @@ def _own(argv: Sequence[str]) -> tuple[list[str], str | None]:
 def _directory(settled: Settled, given: str | None) -> tuple[Path, bool]:
     """The run's directory (or the sweep's), and whether it was made for this."""
     many = bool(settled.order.points)
-    if given is not None and (path := Path(given).expanduser().absolute()).exists():
+    if given is not None and (path := Path(given).expanduser().absolute()).is_dir():
         free(path)
         if many and any(path.iterdir()):
             raise UsageError(f"{path} is not empty: a sweep takes a directory of its own (launcher resume goes on)")
@@ -169,7 +210,6 @@ def _write_and_queue(
         print(f"launcher: not in the copy of the code:\n{listed}{more}", file=sys.stderr)
     order = replace(settled.order, code=code, arguments=_with_config(settled.order, path))
     settled = replace(settled, order=order)
-    try_out(settled, path)
     tasks = tuple(order.points)
     for task in tasks:
         (path / f"{task:05d}" / "slurm").mkdir(mode=0o700, parents=True)
@@ -191,7 +231,11 @@ def _with_config(order: Order, path: Path) -> list[str]:
             continue
         source = Path(value if equals else arguments[index + 1])
         copy = path / "slurm" / f"config{source.suffix}"
-        shutil.copyfile(source, copy)
+        try:
+            if source.absolute() != copy:
+                shutil.copyfile(source, copy)
+        except OSError as error:
+            raise UsageError(f"--config {source}: {error.strerror}") from None
         arguments[index : index + (1 if equals else 2)] = [f"--config={copy}"]
         break
     return arguments
@@ -212,24 +256,16 @@ def _unfinished(path: Path) -> tuple[int, ...]:
 
 def _refuse_finished(path: Path, order: Order, options: Sequence[str]) -> None:
     if not order.points and not options and RunDir(path).read().get("status") == "finished":
-        raise UsageError(f"{path}: the run has finished: launcher resume {shlex.quote(path.name)} --steps N goes on")
+        near = shlex.quote(os.path.relpath(path))
+        raise UsageError(f"{path}: the run has finished: launcher resume {near} --steps N goes on")
 
 
-def _show(settled: Settled, recipe: Path, directory: str | None, here: bool) -> None:
-    """What `--dry-run` prints: the code would be copied, and stands here where it is."""
-    from launcher.slurm.order import Code
-
-    path = Path(directory or f"runs/{settled.order.name}-MMDD-HHMM-xyz").expanduser().absolute()
-    settled = replace(settled, order=replace(settled.order, code=Code(str(recipe))))
+def _show(settled: Settled, path: Path, tasks: Sequence[int]) -> None:
+    """What `--dry-run` prints; the code would be copied, and stands there where it is."""
     text = settled.text(path)
-    if here:
-        try_out(settled, path)
-    print(f"+ {_line(sbatch(settled, path, tuple(settled.order.points)))}", file=sys.stderr)
-    print(text, end="")
-
-
-def _line(argv: Sequence[str]) -> str:
-    return shlex.join(argv)
+    print(f"+ {shlex.join(sbatch(settled, path, tasks))}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(text))
 
 
 def _tell(path: Path, jobs: Sequence[str], as_json: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import shlex
 from collections.abc import Mapping
 
@@ -11,12 +13,14 @@ from launcher.errors import UsageError
 __all__ = ["grid", "indices", "options"]
 
 MOST = 10_000
+HIGHEST = 99_999
 
 
 def grid(text: str) -> list[dict[str, str]]:
     """The points of `lr=1e-3,3e-4 model.depth=8,12`: every combination, the last parameter fastest.
 
-    A value that holds a comma or a blank is quoted, as in a shell: `prompt='"a, b",c'` has two.
+    A value that holds a comma or a blank is quoted, as in a shell: `prompt='"a, b",c'` has two. Inside double quotes
+    two of them stand for one.
 
     Raises:
         UsageError: it is no such list.
@@ -40,10 +44,10 @@ def grid(text: str) -> list[dict[str, str]]:
             raise UsageError(f"--sweep {word}: a value stands there twice")
     if not axes:
         raise UsageError("--sweep is empty: written 'lr=1e-3,3e-4 model.depth=8,12'")
-    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    if len(points) > MOST:
-        raise UsageError(f"--sweep has {len(points):,} combinations: {MOST:,} at most")
-    return points
+    number = math.prod(map(len, axes.values()))
+    if number > MOST:
+        raise UsageError(f"--sweep has {number:,} combinations: {MOST:,} at most")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def options(point: Mapping[str, str]) -> list[str]:
@@ -51,27 +55,36 @@ def options(point: Mapping[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in point.items()]
 
 
-def indices(text: str) -> tuple[list[int], str]:
-    """The indices of an `--array` (`0-9`, `1,5,7`, `0-99:10%4`), in order, and its limit (`%4`)."""
+def indices(text: str) -> tuple[list[int], int | None]:
+    """The indices of an `--array` (`0-9`, `1,5,7`, `0-99:10%4`), in order, and how many may run at once (4).
+
+    Raises:
+        UsageError: they are too many, or none.
+    """
     ranges, percent, limit = text.partition("%")
     found: set[int] = set()
     for part in ranges.split(","):
-        span, _, step = part.partition(":")
+        span, colon, step = part.partition(":")
         first, _, last = span.partition("-")
-        found |= set(range(int(first), int(last or first) + 1, int(step or 1) or 1))
-    if not found or len(found) > MOST or max(found) > 99_999:
-        raise UsageError(f"--array {text}: from 1 to {MOST:,} indices, none above 99,999")
-    return sorted(found), f"%{limit}" if percent else ""
+        some = range(int(first), int(last or first) + 1, max(1, int(step or 1)))
+        if not some or some[-1] > HIGHEST or (colon and int(step) == 0):
+            raise UsageError(f"--array {part}: written FIRST-LAST:STEP, with indices up to {HIGHEST:,}")
+        found |= set(some)
+    if len(found) > MOST:
+        raise UsageError(f"--array {text}: {MOST:,} indices at most")
+    if percent and int(limit) == 0:
+        raise UsageError(f"--array {text}: at least one must run at once")
+    return sorted(found), int(limit) if percent else None
 
 
 def _values(text: str) -> list[str]:
-    """The values between commas; a part in double quotes may hold commas."""
-    values, quoted = [""], False
-    for character in text:
-        if character == '"':
-            quoted = not quoted
-        elif character == "," and not quoted:
+    """The values between commas; a part in double quotes may hold commas, and two double quotes for one."""
+    if text.count('"') % 2:
+        raise UsageError(f'--sweep {text}: a double quote is not closed (inside of them, "" stands for one)')
+    values = [""]
+    for part in re.findall(r'"(?:[^"]|"")*"|,|[^",]+', text):
+        if part == ",":
             values.append("")
         else:
-            values[-1] += character
+            values[-1] += part[1:-1].replace('""', '"') if part[0] == '"' else part
     return values

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import machine
 from tests.harness import Ranks
 from tests.slurm.lab import Lab, why_not
-from tests.slurm.rounds import KINDS, STEPS, Round, straight
+from tests.slurm.rounds import KINDS, Round, straight
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SETTINGS = {
@@ -34,8 +34,9 @@ SETTINGS = {
     "cgroup slurmdbd": {"track": "cgroup", "accounting": True},
     "linuxproc slurmdbd": {"track": "linuxproc", "accounting": True},
 }
-AT_ONCE = 4  # rounds of a kind that does not disturb others
-DISTURB = ("preemption", "preemption with grace", "preemption that cancels", "node crash", "slurmctld restart", "drain")
+AT_ONCE = 3  # rounds that are played together
+# What happens here happens to all runs of the cluster at once.
+TO_ALL = ("preemption", "preemption with grace", "preemption that cancels", "node crash", "slurmctld restart", "drain")
 
 
 def main() -> int:
@@ -94,33 +95,42 @@ class Campaign:
                 lab.down()
 
     def _kind(self, lab: Lab, path: Path, setting: str, kind: str, number: int) -> None:
-        at_once = 1 if kind in DISTURB else AT_ONCE
-        for first in range(0, number, at_once):
+        for first in range(0, number, AT_ONCE):
             if time.monotonic() > self.deadline:
                 return
-            seeds = [time.time_ns() + k for k in range(min(at_once, number - first))]
-            with ThreadPoolExecutor(at_once) as pool:
-                rounds = list(pool.map(lambda seed: self._round(lab, path / str(seed), setting, kind, seed), seeds))
-            self.results["rounds"] += rounds
+            seeds = [time.time_ns() + k for k in range(min(AT_ONCE, number - first))]
+            rounds = [Round(lab, path / str(seed) / "run", kind, seed) for seed in seeds]
+            begun = time.monotonic()
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                outcomes = list(pool.map(lambda one: one.start(), rounds)) and self._strike(pool, rounds, kind)
+            for one, seed, outcome in zip(rounds, seeds, outcomes, strict=True):
+                facts = {"setting": setting, "kind": kind, "seed": seed, **outcome}
+                facts["seconds"] = round(time.monotonic() - begun, 1)
+                self.failed |= not facts["held"]
+                self.results["rounds"].append(facts)
+                print(facts, file=sys.stderr, flush=True)
+                if not facts["held"]:
+                    print(one.told(), lab.logs(), sep="\n", file=sys.stderr, flush=True)
             machine.write(self.out, self.results)
             lab.reset()
 
-    def _round(self, lab: Lab, path: Path, setting: str, kind: str, seed: int) -> dict[str, Any]:
-        begun = time.monotonic()
-        facts: dict[str, Any] = {"setting": setting, "kind": kind, "seed": seed}
-        one = Round(lab, path / "run", kind, seed)
+    def _strike(self, pool: ThreadPoolExecutor, rounds: list[Round], kind: str) -> list[dict[str, Any]]:
+        if kind in TO_ALL:
+            list(pool.map(Round.ready, rounds))
+            rounds[0].kind.strike(rounds[0])
+        else:
+            list(pool.map(Round.strike, rounds))
+        return list(pool.map(self._end, rounds))
+
+    def _end(self, one: Round) -> dict[str, Any]:
         try:
-            facts |= one.start().strike().end()
+            facts = one.end()
             if one.kind.loses is not None:
                 one.compare(self.straight[one.kind.steps])
-            facts["held"] = True
+            return {**facts, "held": True}
         except Exception as error:
             traceback.print_exc()
-            self.failed = True
-            facts |= {"held": False, "error": str(error).splitlines()[0]}
-        facts["seconds"] = round(time.monotonic() - begun, 1)
-        print(facts, file=sys.stderr, flush=True)
-        return facts
+            return {"held": False, "error": str(error).splitlines()[0]}
 
     def _straight(self, steps: int) -> Path:
         path = Path(tempfile.mkdtemp(prefix="straight-"))

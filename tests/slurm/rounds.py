@@ -56,8 +56,6 @@ class Round:
         self.random = random.Random(f"{seed} {name}")
         self.path = path
         self.job = ""
-        self.struck = 0.0
-        self.seconds = 0.0
 
     def start(self) -> Round:
         """Submit the run."""
@@ -76,27 +74,29 @@ class Round:
         self.start().strike().end()
         return self
 
-    def strike(self) -> Round:
-        """Let it happen, at a random moment in training."""
+    def ready(self) -> Round:
+        """Wait for the moment: a random one in training, or before the first step."""
         if self.kind.early:
             self.until(lambda: list(self.path.glob("attempts/1/started.json")), "it did not start")
         elif self.kind.strike is not nothing:
             self.until_step(self.random.randint(3, 2 * EVERY + 3))
             time.sleep(self.random.random() * PACE)
-        self.struck = time.monotonic()
+        return self
+
+    def strike(self) -> Round:
+        """Let it happen."""
+        self.ready()
         self.kind.strike(self)
         return self
 
     def end(self) -> dict[str, Any]:
         """Wait for its end, and look at what is left."""
-        begun = time.monotonic()
         states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
         try:
             job = self.lab.wait_for(self.job, states, timeout=240)
             self._look(job)
         except AssertionError as error:
             raise AssertionError(f"{self.name}: {error}\n{self.told()}") from None
-        self.seconds = round(time.monotonic() - begun, 1)
         return {"kind": self.name, "restarts": status(self.path)["restarts"], "lost": self.lost()}
 
     def _look(self, job: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.command import visible_gpus
-from launcher.findings import Finding, bad, ok, warning
+from launcher.doctor.findings import Finding, bad, ok, warning
 from launcher.show import human
 
 __all__ = ["Software", "check_machine", "files_needed", "look_at_software"]
@@ -249,9 +249,12 @@ def _requirements() -> dict[str, str]:
         file = Path(__file__).parents[1] / "pyproject.toml"
         said = tomllib.loads(file.read_text())["project"]["dependencies"] if file.is_file() else []
     matches = (re.match(r"([A-Za-z0-9_.-]+)\s*([<>=!~,.\d\s]*)(?:;(.*))?$", line) for line in said)
-    return {
-        match[1].lower(): match[2].replace(" ", "") for match in matches if match and "extra" not in (match[3] or "")
-    }
+    return {match[1].lower(): _ordered(match[2]) for match in matches if match and "extra" not in (match[3] or "")}
+
+
+def _ordered(wanted: str) -> str:
+    """`<2.14, >=2.11` with the lower bound first."""
+    return ",".join(sorted(wanted.replace(" ", "").split(","), reverse=True))
 
 
 def _within(version: str, wanted: str) -> bool:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from launcher.doctor.findings import Finding, bad, ok, warning
+from launcher.doctor.measured import Measured
+from launcher.doctor.preemption import check_preemption, span
 from launcher.errors import UsageError
-from launcher.findings import Finding, bad, ok, warning
-from launcher.measured import Measured
 from launcher.slurm import cluster
-from launcher.slurm.preemption import check_preemption, span
-from launcher.slurm.request import Request, Site, check
+from launcher.slurm.request import Request, Site, check, check_accounts
 
 __all__ = ["Described", "check_site", "describe", "wanted"]
 
@@ -74,7 +74,9 @@ def describe(request: Request, site: str, measured: Measured) -> Described:
 def check_site(here: Described) -> list[Finding]:
     """What is to be said of a cluster."""
     found = [_version(here), *_request(here), *_partitions(here), *_nodes(here), _requeue(here), *_requeue_exit(here)]
-    found += check_preemption(here.settings, here.partitions, here.chosen, here.nodes, here.measured)
+    found += check_preemption(
+        here.settings, here.partitions, here.chosen, here.nodes, here.measured, qos=here.request.qos
+    )
     found += [_kill_wait(here), *_limits(here), _lead(here), _processes(here), _tasks(here)]
     found += [_accounting(here), _memory(here), _lost_node(here), _credentials(here), _prolog(here), _ports(here)]
     return [*found, *_gpus(here), _arrays(here), _propagated(here)]
@@ -96,6 +98,7 @@ def _request(here: Described) -> list[Finding]:
         return []
     try:
         check(here.request, here.partitions, here.nodes)
+        check_accounts(here.request)
     except UsageError as error:
         return [bad("site file", f"{here.site}: {error}", "correct its [submit] table")]
     return [ok("site file", f"{here.site}: what it asks for is there")]

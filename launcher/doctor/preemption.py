@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.doctor.findings import Finding, bad, ok, warning
+from launcher.doctor.measured import Measured
 from launcher.errors import LauncherError
-from launcher.findings import Finding, bad, ok, warning
-from launcher.measured import Measured
 from launcher.slurm import cluster
 
 __all__ = ["check_preemption", "span"]
@@ -30,12 +30,23 @@ def check_preemption(
     chosen: Sequence[cluster.Partition],
     nodes: Sequence[cluster.Node],
     measured: Measured,
+    *,
+    qos: str | None = None,
 ) -> list[Finding]:
-    """What is to be said of preemption; alike partitions are told of together."""
+    """What is to be said of preemption; partitions that are alike are told of together.
+
+    Args:
+        settings: SLURM's configuration.
+        partitions: all of them.
+        chosen: those that jobs go to.
+        nodes: all of them.
+        measured: an earlier run, whose saves must fit.
+        qos: the QOS of jobs; None: any.
+    """
     kind = settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
     if kind == "none":
         return [ok("preemption", "none (PreemptType=preempt/none)")]
-    rules = _by_qos(settings) if kind == "qos" else _by_partition(partitions, chosen, nodes)
+    rules = _by_qos(settings, qos) if kind == "qos" else _by_partition(partitions, chosen, nodes)
     if rules is None:
         fix = "sacctmgr show qos format=Name,Preempt,PreemptMode,GraceTime, as one who may"
         return [warning("preemption", "by QOS, and sacctmgr does not tell of them", fix)]
@@ -107,7 +118,7 @@ def _by_partition(
     return {name: rule if rule.mode != "OFF" else Rule("OFF", 0) for name, rule in rules.items()}
 
 
-def _by_qos(settings: Mapping[str, str]) -> dict[str, Rule] | None:
+def _by_qos(settings: Mapping[str, str], only: str | None) -> dict[str, Rule] | None:
     """The QOS that another may preempt; None where nobody says."""
     try:
         said = cluster.ask(["sacctmgr", "-nP", "show", "qos", "format=Name,Preempt,PreemptMode,GraceTime"])
@@ -121,6 +132,8 @@ def _by_qos(settings: Mapping[str, str]) -> dict[str, Rule] | None:
     for name, _, mode, grace in rows:
         of_cluster = mode.lower() in ("", "cluster")
         seconds = cluster.seconds_of(grace) if re.search(r"\d", grace) else 0
+        if only not in (None, name):
+            continue
         rule = Rule(_mode(settings.get("PreemptMode", "OFF") if of_cluster else mode), seconds or 0)
         rules[f"QOS {name}"] = rule if name in below and rule.mode != "OFF" else Rule("OFF", 0)
     return rules

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import median_low
 from typing import Any
 
-from launcher.findings import Finding, bad, ok, warning
-from launcher.machine import Software, files_needed
+from launcher.doctor.findings import Finding, bad, ok, warning
+from launcher.doctor.machine import Software, files_needed
+from launcher.doctor.probing import Heard
 from launcher.show import human
-from launcher.slurm.probing import Heard
 
 __all__ = ["judge"]
 
@@ -37,7 +38,7 @@ def judge(heard: Heard, software: Software, python: str, *, world_size: int) -> 
         fix = "try again when nodes are free, or with --nodes 1, --gpus 1 or another --partition"
         return [*found, warning("nodes", f"not looked at: {heard.waited}", fix)]
     if not here:
-        fix = "try it by hand: srun --nodes 1 python -m launcher.probe --help"
+        fix = "try it by hand: srun --nodes 1 python -m launcher.doctor.probe --help"
         return found or [bad("nodes", "the probe did not say a word", fix)]
     found += _came(heard, here)
     found += [*_versions(heard, here, software, python), *_directory(heard, here)]
@@ -48,29 +49,38 @@ def judge(heard: Heard, software: Software, python: str, *, world_size: int) -> 
 
 def _came(heard: Heard, here: Lines) -> list[Finding]:
     """Who was there, and who was lost on the way."""
-    names = ", ".join(sorted(here))
-    found = [
-        bad("nodes", f"{name} never came; {names} did", f"launcher submit --exclude {name}") for name in heard.missing
-    ]
-    ended = heard.of("end")
+    came = ", ".join(sorted(here))
+    told = [name for name in here if any(re.search(rf"\b{re.escape(name)}\b", said) for said in heard.failures)]
+    lost, found = {*heard.missing, *told}, []
+    for name in heard.missing:
+        found.append(bad("nodes", f"{name} never came; {came} did", f"launcher submit --exclude {name}"))
+    ended = heard.of("end").keys() | heard.of("stuck").keys()
     for name, line in heard.of("stuck").items():
         fix = f"launcher submit --exclude {name}, if the others do not hang there"
         found.append(bad("nodes", f"{name} hung in {line['phase']}", fix))
-        ended = {**ended, name: line}
     for name in here:
-        if name not in ended:
-            found.append(bad("nodes", f"{name} broke off without a word", f"srun -w {name} python -c 'import torch'"))
-    for name, line in heard.of("apart").items():
-        others = [_name(heard, rank) for rank in line["ranks"]]
-        if set(others) <= set(heard.missing) | {found_.found.split()[0] for found_ in found}:
-            continue  # told already
-        fix = "open the ports between nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use"
-        found.append(
-            bad("nodes", f"{name} and {', '.join(others)} did not meet in {line['phase']}: {line['why']}", fix)
-        )
+        if name not in ended and not told:  # where one is told of already, SLURM has ended the rest with it
+            fix = f"srun --nodelist {name} --nodes 1 python -c 'import torch' may say why"
+            found.append(bad("nodes", f"{name} broke off or hung, without a word", fix))
+            lost.add(name)
+    found += _apart(heard, lost | heard.of("stuck").keys())
     for name, line in heard.of("fault").items():
         found.append(bad("nodes", f"{name}, in {line['phase']}: {line['why']}", _hint(str(line["why"]))))
-    return found or [ok("nodes", names)]
+    return found or ([] if told else [ok("nodes", came)])
+
+
+def _apart(heard: Heard, known: Collection[str]) -> list[Finding]:
+    """Who did not find whom. Of two the one that looked tells more than the one that waited, which is rank 0."""
+    lines = heard.of("apart")
+    looked = {name: line for name, line in lines.items() if line["rank"]}
+    found = []
+    for name, line in (looked or lines).items():
+        others = [_name(heard, rank) for rank in line["ranks"]]
+        if not {name, *others} & set(known):
+            fix = "open the ports between the nodes; each must know the others by name (getent hosts NODE)"
+            said = f"{name} and {', '.join(others)} did not meet ({line['phase']}): {line['why']}"
+            found.append(bad("nodes", said, fix))
+    return found
 
 
 def _versions(heard: Heard, here: Lines, software: Software, python: str) -> list[Finding]:
@@ -272,6 +282,7 @@ def _some(names: Sequence[str]) -> str:
 def _hint(said: str) -> str:
     """What to do about a complaint, where it is one of those that are seen often."""
     for part, fix in (
+        ("Node failure", "scontrol show node says more of it; launcher submit --exclude does without it"),
         ("No such file or directory", "put the environment (or DIR) where all nodes see it; or --setup loads it there"),
         ("chdir", "run this in a directory that all nodes see"),
         ("No module named", "install the launcher in an environment that all nodes see"),

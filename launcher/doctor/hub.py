@@ -71,8 +71,12 @@ class Hub:
             LostError: some have gone, or did not come in time.
         """
         if self.rank:
-            self._lines[0].send(value)
-            return self._hear(0)  # type: ignore[no-any-return]
+            try:
+                self._lines[0].send(value)
+                return self._hear(0)  # type: ignore[no-any-return]
+            except (LostError, OSError) as error:
+                self.close()
+                raise LostError([0], str(error)) from None
         values, lost = {0: value}, []
         for rank in self._lines:
             try:
@@ -102,11 +106,13 @@ class Hub:
                 except TimeoutError:
                     break
                 line = _Lines(connection)
-                with suppress(OSError, ValueError, TypeError):  # somebody else's, who looks for something else
+                with suppress(OSError, ValueError, TypeError, IndexError):
                     said = line.receive(min(until, time.monotonic() + 2))
-                    if isinstance(said, list) and said[0] == self._token and 0 < said[1] < self.count:
+                    if said[0] == self._token and said[1] in range(1, self.count):
                         line.send(self._token)
                         self._lines[said[1]] = line
+                        continue
+                line.close()  # somebody else's, who looks for something else
         missing = set(range(1, self.count)) - self._lines.keys()
         if missing:
             self.close()
@@ -118,12 +124,16 @@ class Hub:
             for port in ports:
                 try:
                     line = _Lines(socket.create_connection((host, port), timeout=2))
+                except OSError as error:
+                    why = str(error)
+                    continue
+                with suppress(OSError, ValueError):
                     line.send([self._token, self.rank])
                     if line.receive(time.monotonic() + 3) == self._token:
                         self._lines[0] = line
                         return
-                except (OSError, ValueError) as error:
-                    why = str(error)
+                line.close()  # somebody else's port
+                why = "somebody else answers there"
             time.sleep(0.2)  # it may not listen yet
         raise LostError([0], f"{host} cannot be reached on ports {', '.join(map(str, ports))}: {why}")
 
@@ -158,9 +168,8 @@ class Door:
     def knock(host: str, port: int, token: str) -> str:
         """Why another's door cannot be reached; nothing where it can."""
         try:
-            line = _Lines(socket.create_connection((host, port), timeout=3))
-            said = line.receive(time.monotonic() + 3)
-            line.close()
+            with socket.create_connection((host, port), timeout=3) as connection:
+                said = _Lines(connection).receive(time.monotonic() + 3)
         except (OSError, ValueError) as error:
             return str(error) or type(error).__name__
         return "" if said == token else "somebody else answers there"

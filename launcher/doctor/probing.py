@@ -20,8 +20,8 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
 
+from launcher.doctor.probe import LIMIT, MARK
 from launcher.errors import LauncherError
-from launcher.probe import LIMIT, MARK
 from launcher.slurm import cluster
 from launcher.slurm.request import Request
 
@@ -30,7 +30,7 @@ __all__ = ["Heard", "probe"]
 QUEUE = 180.0  # seconds to wait for the nodes
 NOISE = re.compile(
     r"job \d+ (queued and waiting|has been allocated)|configuration not available now|Terminated$|Killed$|"
-    r"tasks? [\d,-]+: (running|exited|unknown)|Force Terminated|forcing job termination|"
+    r"tasks? [\d,-]+: (running|[Ee]xited|unknown)|Force Terminated|forcing job termination|Job step aborted|"
     r"launch/slurm: _step_signal|STEP \d+\.\d+ ON|^\[W|NNPACK"
 )
 ERRORS = re.compile(r"[A-Za-z_.]+(Error|Exception): |No module named|command not found|cannot open shared object")
@@ -80,7 +80,7 @@ def probe(request: Request, directory: Path, *, nodes: int, gpus: int, minutes: 
             (Path(place) / "token").write_text(token)
             argv = _srun(request, name, nodes, gpus, minutes)
             with _started(
-                [*argv, sys.executable, "-m", "launcher.probe", "--directory", place, "--token", token], name
+                [*argv, sys.executable, "-m", "launcher.doctor.probe", "--directory", place, "--token", token], name
             ) as said:
                 _listen(said, heard, name)
             heard.written = _written(Path(place), token, heard)
@@ -139,12 +139,9 @@ def _follow(stream: str, pipe: IO[str], said: Queue[tuple[str, str] | None]) -> 
 
 
 def _end(process: subprocess.Popen[str], name: str) -> None:
-    try:
-        process.wait(5 if process.poll() is None else 0)
-        return
-    except subprocess.TimeoutExpired:
-        pass
-    with suppress(LauncherError):
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1)
+    with suppress(LauncherError):  # also where srun has ended: a site's RequeueExit would start its job again and again
         cluster.ask(["scancel", f"--name={name}", f"--user={os.getuid()}"])
     try:
         process.wait(5)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.findings import Finding, bad, ok, warning
-from launcher.measured import Measured
+from launcher.doctor.findings import Finding, bad, ok, warning
+from launcher.doctor.measured import Measured
 from launcher.show import human
 
 __all__ = ["Mount", "check_disk", "existing", "mount_of"]

@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from launcher.disk import check_disk, existing
+from launcher.doctor.disk import check_disk, existing
+from launcher.doctor.findings import Finding, bad, ok
+from launcher.doctor.judging import judge
+from launcher.doctor.machine import Software, check_machine, look_at_software
+from launcher.doctor.measured import KEEP, Measured, measure
+from launcher.doctor.probing import probe
+from launcher.doctor.site import Described, check_site, describe, wanted
 from launcher.errors import LauncherError, UsageError
-from launcher.findings import Finding, bad, ok
-from launcher.machine import Software, check_machine, look_at_software
-from launcher.measured import KEEP, Measured, measure
 from launcher.parser import Parser
 from launcher.show import print_json, print_table
 from launcher.slurm import record
-from launcher.slurm.judging import judge
-from launcher.slurm.probing import probe
 from launcher.slurm.request import Request, read_site
 from launcher.slurm.script import shipped
-from launcher.slurm.site import Described, check_site, describe, wanted
 
 __all__ = ["main"]
 

@@ -1,6 +1,6 @@
 """What `launcher doctor --nodes` runs on each node: looks around, meets the others, works, and tells of it.
 
-    python -m launcher.probe --directory DIR --token TOKEN
+    python -m launcher.doctor.probe --directory DIR --token TOKEN
 
 It tells in lines of JSON on standard output, each behind `launcher-probe: `, and ends by itself within a minute,
 whatever hangs.
@@ -25,7 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.hub import Door, Hub, LostError, candidates, listen
+from launcher.doctor.hub import Door, Hub, LostError, candidates, listen
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ class Tell:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Look, and tell."""
-    parser = argparse.ArgumentParser(prog="launcher.probe")
+    parser = argparse.ArgumentParser(prog="launcher.doctor.probe")
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--token", required=True)
     parser.add_argument("--patience", type=float, default=PATIENCE)
