@@ -6,7 +6,7 @@ READY := .venv/ready
 # every GPU there is (for the launcher, those in /dev); without one, two processes on the CPU
 DEVICES := $(if $(wildcard /dev/nvidia[0-9]*),,--nproc 2)
 
-.PHONY: venv demo test check bench
+.PHONY: venv demo test check slurm-test bench
 
 venv: $(READY)
 
@@ -28,7 +28,11 @@ check: venv
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+
+# on a SLURM cluster of its own, which it starts on this machine: needs root and Linux namespaces
+slurm-test: venv
+	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 bench: venv
 	$(BIN)/python benchmarks/overhead.py

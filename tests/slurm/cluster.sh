@@ -26,6 +26,9 @@ export LC_ALL=C
 
 say() { printf 'cluster.sh: %s\n' "$*" >&2; }
 
+usage() { sed -n '2,/^set/{/^#/s/^# \?//p}' "$0"; exit 2; }
+
+[ $# -gt 0 ] || usage
 DIR=${SLURMLAB_DIR:?a directory for the cluster}
 [ "${1:-}" != up ] || mkdir -p "$DIR"
 DIR=$(realpath "$DIR")
@@ -81,7 +84,7 @@ held() { local pid; pid=$(process "$1") && [ "$(cat "/proc/$pid/comm")" = sleep 
 
 end() {   # end NAME: all that runs there
   local pid
-  if pid=$(process "$1"); then kill -KILL "$pid"; await 10 "$1 does not end" gone "$1"; fi
+  if pid=$(process "$1"); then kill -KILL "$pid" 2>/dev/null || :; await 10 "$1 does not end" gone "$1"; fi
   rm -f "$DIR/run/$1"
   [ ! -d "$FREEZER/$CABLE-$1" ] || find "$FREEZER/$CABLE-$1" -depth -type d -exec rmdir {} + 2>/dev/null || :
 }
@@ -102,6 +105,7 @@ start_head() {
     head_network ip link add lan type bridge
     head_network ip addr add "$NET.1/24" dev lan
     head_network ip link set lan up
+    ip link del "$CABLE" 2>/dev/null || :
     plug host "$NET.254" $$ "$CABLE"   # this machine
   fi
   if ! runs head munged; then
@@ -252,12 +256,14 @@ up() {
 }
 
 down() {
-  local i pid
+  local i watcher
   for ((i = 1; i <= NODES; i++)); do end "node$i"; done
   end head
-  if pid=$(process watcher) && [ "$pid" != $$ ]; then kill -KILL -- "-$pid"; fi
-  await 5 "$CABLE does not go" unplugged
+  watcher=$(process watcher) || watcher=$$
   rm -rf "$DIR"
+  await 10 "$CABLE does not go" unplugged || :   # the kernel clears up in its own time
+  # last: if this is killed, the watcher does it
+  [ "$watcher" = $$ ] || kill -KILL -- "-$watcher" 2>/dev/null || :
 }
 unplugged() { ! ip link show "$CABLE" >/dev/null 2>&1; }
 
@@ -270,5 +276,5 @@ case ${1:-} in
   join) head_network ip link set "$2" up;;
   controller) controller "${2:-}";;
   exec) shift; inside "$@";;
-  *) sed -n '2,/^set/{/^#/s/^# \?//p}' "$0"; exit 2;;
+  *) usage;;
 esac

@@ -54,8 +54,9 @@ def default_track() -> str:
 class Lab:
     """One cluster, in a directory of its own (empty or new); jobs see this machine's files.
 
-    Partitions, all over the same nodes: batch, the default; high, which preempts low and grace: a job of low is
-    requeued at once, one of grace is told and has 30 s to end. `extra` are more lines for slurm.conf; they win.
+    Partitions, all over the same nodes: batch, the default; high, which preempts low, grace and cancel: a job of low is
+    requeued at once, one of grace is told and has 30 s to end, one of cancel ends for good. `extra` are more lines for
+    slurm.conf; they win.
     """
 
     def __init__(

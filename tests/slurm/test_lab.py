@@ -58,7 +58,8 @@ def test_a_job_outlives_the_controller(lab):
 
 def test_high_preempts_low_at_once_and_grace_in_time(lab):
     low = lab.submit("sleep 100", "-p", "low", "-w", "node1", "--exclusive")
-    script = "srun sh -c 'trap \"echo told; exit 0\" TERM; sleep 100 & wait'"
+    # where every process is told, `sleep 100` may go first
+    script = "srun sh -c 'trap \"echo told; exit 0\" TERM; sleep 100 & wait; sleep 1'"
     grace = lab.submit(script, "-p", "grace", "-w", "node2", "--exclusive")
     lab.wait_for(low, lambda _: all("sleep 100" in commands(lab, node) for node in lab.nodes))
     urgent = lab.submit("sleep 100", "-p", "high", "-N2", "--exclusive")
