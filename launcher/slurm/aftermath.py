@@ -21,7 +21,10 @@ from launcher.rundir import RunDir
 from launcher.slurm import cluster
 from launcher.slurm.facts import tail
 
-__all__ = ["Aftermath", "Drill", "Event", "Exit", "Queue", "Sight", "events", "load", "observe", "ranks", "when"]
+__all__ = [
+    *("Aftermath", "Drill", "Event", "Exit", "Queue", "Sight"),
+    *("events", "load", "newest_attempt", "newest_checkpoint", "observe", "ranks", "when"),
+]
 
 _PUBLISHED = re.compile(r"step-([0-9]{8,18})", re.ASCII)
 _HELD = re.compile(r"JobHeld|.*requeued_held")
@@ -49,6 +52,8 @@ class Drill:
     """Seconds from SLURM's first signal to its last."""
     struck: float = 0.0
     """When; seconds since 1970."""
+    agents: bool = False
+    """Whether agents of accelerate stand between SLURM and the ranks."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class Queue:
     """Empty: SLURM has forgotten it."""
     reason: str = ""
     restarts: int = 0
+    submitted: float | None = None
+    """When it came into the queue last, in whole seconds."""
     eligible: float | None = None
     """When it may start, at the earliest."""
     expected: float | None = None
@@ -119,6 +126,8 @@ class Aftermath:
     verdict: tuple[str, str, float] | None = None
     """What job.sh decided: a word, why, when."""
     queue: Queue | None = None
+    queued: float | None = None
+    """When it was in the queue again."""
     waited: tuple[str, ...] = ()
     """The reasons why it waited, in order."""
     eligible: float | None = None
@@ -204,7 +213,8 @@ def observe(drill: Drill, before: Aftermath, queue: Queue | None = None) -> Afte
     if queue is not None and queue.waits and queue.restarts > drill.restart and not began:
         known = queue.reason in ("", *now.waited)
         waited = now.waited if known else (*now.waited, queue.reason)
-        now = replace(now, waited=waited, eligible=queue.eligible or now.eligible)
+        queued, eligible = queue.submitted or now.queued, queue.eligible or now.eligible
+        now = replace(now, waited=waited, queued=queued, eligible=eligible)
     return replace(now, trained=_trained(drill, now))
 
 
@@ -348,7 +358,8 @@ def _saving(drill: Drill) -> int | None:
 
 
 def _trained(drill: Drill, now: Aftermath) -> int | None:
-    steps = [exit_.step for exit_ in now.left.values() if exit_.step is not None]
+    stepped = _whole(load(drill.path / "attempts" / str(drill.attempt) / "stepped").get("step"))
+    steps = [step for step in (stepped, *(exit_.step for exit_ in now.left.values())) if step is not None]
     for text in tail(drill.path / "metrics.jsonl"):
         with suppress(ValueError, RecursionError):  # torn by a kill
             line = json.loads(text)

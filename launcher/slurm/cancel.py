@@ -21,12 +21,12 @@ from launcher.rundir import RunDir
 from launcher.show import printable
 from launcher.slurm import cluster, record
 from launcher.slurm.facts import Facts, gather, near
-from launcher.slurm.standing import WAITING, Heard, judge
+from launcher.slurm.standing import WAITING, Heard, judge, locate
 
 __all__ = ["main"]
 
-# The job ended by itself meanwhile.
-ENDED = ("Invalid job id specified", "already completing or completed")
+# The job ended by itself meanwhile; scancel keeps quiet about ESLURM_ALREADY_DONE (2021, of which 229 is left).
+ENDED = ("Invalid job id specified", "already completing or completed", "exit code 229")
 
 
 @dataclass
@@ -40,6 +40,17 @@ class Target:
     def marker(self) -> Path:
         """What tells the batch script and the ranks."""
         return self.facts.path / "slurm" / "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has finished, and its job only ends."""
+        return self.facts.status == "finished" and not any(job.state in WAITING for job in self.jobs)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether its ranks have been told before: a second signal would make them leave without a save."""
+        attempt = self.facts.path / "attempts" / str(self.facts.attempt)
+        return self.facts.cancelled and any(attempt.glob("signal-*.json"))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,7 +81,7 @@ def _cancel(text: str, *, now: bool) -> None:
     Raises:
         LauncherError: there is nothing to cancel, or SLURM refuses.
     """
-    path = record.find(text)
+    path = locate(text)
     if record.is_sweep(path):
         targets = _of_sweep(path)
         if not targets:
@@ -78,7 +89,7 @@ def _cancel(text: str, *, now: bool) -> None:
     else:
         facts = gather(path)
         targets = [Target(facts, _active(facts))]
-        if not targets[0].jobs:
+        if not targets[0].jobs or targets[0].is_over:
             _without_job(text, facts, now=now)
             return
     made = [target for target in targets if _mark(target)]
@@ -100,12 +111,14 @@ def _of_sweep(path: Path) -> list[Target]:
         task = job.id.partition("_")[2]
         if job.active and task.isdigit():
             found.setdefault(f"{int(task):05d}", []).append(job)
-    return [Target(gather(path / name), jobs) for name, jobs in sorted(found.items()) if (path / name).is_dir()]
+    targets = [Target(gather(path / name), jobs) for name, jobs in sorted(found.items()) if (path / name).is_dir()]
+    return [target for target in targets if not target.is_over]
 
 
 def _active(facts: Facts) -> list[cluster.Job]:
     try:
-        return [job for job in cluster.jobs(*facts.jobs[-20:]) if job.active] if facts.jobs else []
+        found = cluster.jobs(*facts.jobs[-20:]) if facts.jobs else []
+        return [job for job in found if job.active and job.id in facts.jobs]
     except LauncherError:
         if facts.is_local:  # it goes on by hand; that it once had jobs, perhaps elsewhere, is no matter
             return []
@@ -135,7 +148,7 @@ def _end(targets: Sequence[Target], *, whole: bool, now: bool) -> list[str]:
     Args:
         targets: the runs.
         whole: they are all that is left of a sweep: its array is ended in one call.
-        now: what runs is not to be waited for.
+        now: do not wait for what runs.
 
     Raises:
         LauncherError: SLURM refuses.
@@ -143,29 +156,39 @@ def _end(targets: Sequence[Target], *, whole: bool, now: bool) -> list[str]:
     jobs = [job for target in targets for job in target.jobs]
     waiting = [job for job in jobs if _waits(job)]
     if now:
-        _scancel(jobs, whole)
-        running, training = [job for job in jobs if not _waits(job)], []
+        _scancel(_ids(jobs, whole))
+        running = [job for job in jobs if not _waits(job)]
+        busy = {job.id for job in running}
     else:
+        # One that starts at this moment has nothing to save yet. (With a state and a task's id scancel would end all
+        # tasks of the array that wait: only a whole array may be told so.)
         if waiting:
-            _scancel(waiting, whole, "--state=PENDING")  # one that starts at this moment is among those below
-        left = [job for job in cluster.jobs(*{_call_it(job, whole) for job in jobs}) if job.active and not _waits(job)]
-        running = [job for job in left if job.id in {one.id for one in jobs}]
-        training = _with_ranks(running)
-        if starting := [job for job in running if job not in training]:
-            _scancel(starting, False)
-        if training:
-            _scancel(training, whole and training == left, "--signal=TERM")
-    return [_told(target, {job.id for job in running}, {job.id for job in training}) for target in targets]
+            _scancel(_ids(waiting, whole), *(["--state=PENDING"] if whole else []))
+        ours = {job.id for job in jobs}
+        running = [job for job in cluster.jobs(*_ids(jobs, whole)) if job.id in ours and job.active and not _waits(job)]
+        steps = _steps(running)
+        if starting := [job.id for job in running if job.id not in steps]:
+            _scancel(starting)
+        told = {job.id for target in targets for job in target.jobs if target.is_told}
+        if new := [step for id_, own in steps.items() for step in own if id_ not in told]:
+            _scancel(new, "--signal=TERM")
+        busy = set(steps)
+    return [_told(target, {job.id for job in running}, busy, now=now) for target in targets]
 
 
-def _told(target: Target, running: set[str], training: set[str]) -> str:
-    """What became of a run; one that waited is marked as cancelled, because nothing of it is left to do so."""
+def _told(target: Target, running: set[str], busy: set[str], *, now: bool) -> str:
+    """What became of a run; where nothing of it runs that could say so itself, its status is written here."""
     ids = [job.id for job in target.jobs]
-    if not running & set(ids) and target.facts.status in ("pending", "preempted", "running"):
+    if not busy & set(ids) and target.facts.status in ("pending", "preempted", "running"):
         with suppress(LauncherError):
             RunDir(target.facts.path).update(status="cancelled")
-    saves = [f"job {id_} is told to end, and saves first" for id_ in ids if id_ in training]
-    killed = [f"job {id_} is ended, within SLURM's KillWait" for id_ in ids if id_ in running - training]
+    told = (
+        "has been told before, and saves (--now does not wait)" if target.is_told else "is told to end, and saves first"
+    )
+    saves = [f"job {id_} {told}" for id_ in ids if id_ in busy and not now]
+    killed = [
+        f"job {id_} is ended, within SLURM's KillWait" for id_ in ids if id_ in running and (now or id_ not in busy)
+    ]
     return "; ".join([*saves, *killed, *(f"job {id_} cancelled" for id_ in ids if id_ not in running)])
 
 
@@ -174,17 +197,23 @@ def _waits(job: cluster.Job) -> bool:
     return job.state in WAITING or job.state == "COMPLETING"
 
 
-def _with_ranks(jobs: Sequence[cluster.Job]) -> list[cluster.Job]:
-    """Those whose batch script has started the ranks: before that a signal to a job's steps would reach nobody."""
+def _steps(jobs: Sequence[cluster.Job]) -> dict[str, list[str]]:
+    """The steps of jobs, those that have any: before its batch script has started the ranks, a job has none.
+
+    A signal goes to steps by their names. Sent to a running task of an array of which others wait, scancel takes it
+    for not delivered, and sends it again every 5 s: the run would take the second for a person who cannot wait.
+    """
     if not jobs:
-        return []
-    steps = cluster.ask(["squeue", "-h", "-s", "-j", ",".join(job.id for job in jobs), "-o", "%i"]).split()
-    started = {id_ for id_, _, step in (word.rpartition(".") for word in steps) if step.isdigit()}
-    return [job for job in jobs if job.id in started]
+        return {}
+    found: dict[str, list[str]] = {}
+    for step in cluster.ask(["squeue", "-h", "-s", "-j", ",".join(job.id for job in jobs), "-o", "%i"]).split():
+        id_, _, number = step.rpartition(".")
+        if number.isdigit():  # others are the batch script's, and SLURM's own
+            found.setdefault(id_, []).append(step)
+    return {job.id: found[job.id] for job in jobs if job.id in found}
 
 
-def _scancel(jobs: Sequence[cluster.Job], whole: bool, *options: str) -> None:
-    ids = list(dict.fromkeys(_call_it(job, whole) for job in jobs))
+def _scancel(ids: Sequence[str], *options: str) -> None:
     try:
         cluster.ask(["scancel", *options, *ids])
     except LauncherError as error:
@@ -192,8 +221,8 @@ def _scancel(jobs: Sequence[cluster.Job], whole: bool, *options: str) -> None:
             raise
 
 
-def _call_it(job: cluster.Job, whole: bool) -> str:
-    return job.array if whole else job.id
+def _ids(jobs: Sequence[cluster.Job], whole: bool) -> list[str]:
+    return list(dict.fromkeys(job.array if whole else job.id for job in jobs))
 
 
 def _without_job(text: str, facts: Facts, *, now: bool) -> None:
@@ -215,6 +244,9 @@ def _without_job(text: str, facts: Facts, *, now: bool) -> None:
     if not _is_of(facts):
         raise LauncherError(f"{text}: process {start.pid} is none of this run: nothing to cancel")
     target = Target(facts)
+    if target.is_told:
+        print(printable(f"{near(facts.path)}: process {start.pid} has been told before, and saves"))
+        return
     made = _mark(target)
     try:
         os.kill(start.pid, signal.SIGTERM)

@@ -45,7 +45,7 @@ def judge(drill: Drill, found: Aftermath, waited: float | None = None) -> Judgem
         state = f"SLURM says {queue.state}" if queue.state else "SLURM has forgotten it"
         said = f"it was not requeued: job.sh said {word}: {why}" if word else f"it ended without a verdict ({state})"
         return Judgement(False, said, "launcher resume goes on", (output, *_logs(drill)))
-    seconds = f"within {waited or 0:.0f} s"
+    seconds = f"within {waited or 0:g} s"
     if not found.left and not found.began:
         return _stayed(drill, found, seconds, output)
     if not found.began and queue is not None and queue.waits:
@@ -138,6 +138,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _went_on(drill: Drill, found: Aftermath, output: Path) -> Judgement:
     if found.stepped is None and found.attempt is None:
+        if not found.seen:
+            return Judgement(False, "no rank saw the signal, and the run has finished", _unseen(drill), (output,))
         said = "the run finished before it had to stop: nothing was drilled"
         return Judgement(False, said, "drill a run that has more steps to go")
     if found.lost == 0:
@@ -160,7 +162,7 @@ def _went_on(drill: Drill, found: Aftermath, output: Path) -> Judgement:
     doing = f"while step {found.saving} was being saved" if found.saving is not None else "before they had saved"
     said = f"{said}: {ranks(missing)} ended {doing}"
     if drill.signal == "requeue":
-        fix = f"SLURM kills {drill.kill_wait} s after its first signal: ask for a longer KillWait; until then {fix}"
+        fix = f"the rest of a step and a save must fit into KillWait, which is {drill.kill_wait} s; {fix}"
     return Judgement(False, said, fix, logs)
 
 
@@ -179,6 +181,11 @@ def _stayed(drill: Drill, found: Aftermath, seconds: str, output: Path) -> Judge
 
 
 def _unseen(drill: Drill) -> str:
+    if drill.agents and drill.signal == "limit":
+        return (
+            "SIGUSR2 does not pass accelerate's agents: ahead of the time limit the run's own clock stops it; "
+            "submit without --via accelerate, and it reaches the ranks"
+        )
     return (
         "a signal reaches a task's own process: the recipe must be what srun starts, in place of any shell "
         "(`exec` in the template), and must not replace the launcher's handlers"
@@ -200,10 +207,10 @@ def _requeued_by(drill: Drill, found: Aftermath) -> str:
 
 def _split(drill: Drill, found: Aftermath) -> dict[str, float | None]:
     """Seconds from the signal to the first new step, and to what they went; None: not known."""
-    end = found.stepped[1] if found.stepped is not None else found.finished
-    stopped = (
-        found.verdict[2] if found.verdict is not None else max((e.time for e in found.left.values()), default=None)
-    )
+    finished = None if found.attempt is None else found.finished
+    end = finished if found.stepped is None else found.stepped[1]
+    last = max((exit_.time for exit_ in found.left.values()), default=found.queued)
+    stopped = last if found.verdict is None else found.verdict[2]
     began = found.began[0][1] if found.began else None
 
     def between(a: float | None, b: float | None) -> float | None:

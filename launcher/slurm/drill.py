@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ SIGNALS = {
     "requeue": ("scontrol", "requeue"),
 }
 WAIT = 900.0  # seconds
+KILL_WAIT = 30  # seconds, SLURM's own default
 TICK = 0.2  # seconds between looks at the files
 ASK = 1.0  # seconds between questions to SLURM
 SETTLE = 3.0  # seconds after which a job that has ended is believed to have
@@ -119,15 +120,26 @@ def _aim(text: str, signal: str) -> Drill:
     owner = re.search(r"\((\d+)\)$", said("UserId"))
     if owner is None or int(owner[1]) != os.getuid():
         raise UsageError(f"job {job.id} is {job.user}'s: only the one who submitted it may drill it")
-    _refuse_not_requeued(path, job, said("Requeue"), signal)
+    request = _request(path)
+    _refuse_not_requeued(request, job, said("Requeue"), signal)
     restart = _number(said("Restarts"))
     attempt = newest_attempt(path)
     started = load(path / "attempts" / str(attempt) / "started.json")
     _refuse_not_training(path, attempt, started, job, restart)
     wait = re.match(r"\d+", cluster.configuration().get("KillWait", ""))
-    world, newest = started.get("world_size"), newest_checkpoint(path)
-    size = world if type(world) is int else 1
-    return Drill(path, job.id, job.number, restart, attempt, size, newest, signal, int(wait[0]) if wait else 30)
+    world = started.get("world_size")
+    return Drill(
+        path=path,
+        job=job.id,
+        number=job.number,
+        restart=restart,
+        attempt=attempt,
+        ranks=world if type(world) is int else 1,
+        newest=newest_checkpoint(path),
+        signal=signal,
+        kill_wait=int(wait[0]) if wait else KILL_WAIT,
+        agents=request.get("via") == "accelerate",
+    )
 
 
 def _running(path: Path, text: str) -> cluster.Job:
@@ -150,10 +162,14 @@ def _running(path: Path, text: str) -> cluster.Job:
     raise UsageError(f"{path} has no running job: launcher resume queues it again")
 
 
-def _refuse_not_requeued(path: Path, job: cluster.Job, requeue: str, signal: str) -> None:
-    home = path if (path / "slurm" / "request.json").exists() else path.parent  # of a point of a sweep
-    request = load(home / "slurm" / "request.json").get("request")
-    asked = request if isinstance(request, dict) else {}
+def _request(path: Path) -> Mapping[str, object]:
+    """The flags that the run, or the sweep that it is of, was submitted with."""
+    home = path if (path / "slurm" / "request.json").exists() else path.parent
+    said = load(home / "slurm" / "request.json").get("request")
+    return said if isinstance(said, dict) else {}
+
+
+def _refuse_not_requeued(asked: Mapping[str, object], job: cluster.Job, requeue: str, signal: str) -> None:
     if requeue == "0" or asked.get("requeue") is False:
         refused = "SLURM refuses to requeue it" if signal == "requeue" else "it would stop, and not go on"
         raise UsageError(f"job {job.id} was submitted with --no-requeue: {refused}")
@@ -181,10 +197,11 @@ def _refuse_not_training(path: Path, attempt: int, started: dict[str, object], j
 
 
 def _announced(drill: Drill, command: Sequence[str]) -> str:
+    whose = "its rank" if drill.ranks == 1 else f"its {drill.ranks} ranks"
     what = {
-        "preemption": f"SIGTERM to its {drill.ranks} ranks, as a preemption with grace does",
-        "limit": f"SIGUSR2 to its {drill.ranks} ranks, as SLURM does ahead of the time limit",
-        "requeue": f"SIGTERM to all that is in it and SIGKILL {drill.kill_wait} s later, as a preemption without grace does",
+        "preemption": f"SIGTERM to {whose}, as a preemption with grace does",
+        "limit": f"SIGUSR2 to {whose}, as SLURM does ahead of the time limit",
+        "requeue": f"SIGTERM to all of it and SIGKILL {drill.kill_wait} s later, as a preemption without grace does",
     }[drill.signal]
     return f"job {drill.job} ({drill.path}) gets {what}: {shlex.join(command)}"
 
@@ -228,6 +245,7 @@ def _ask(job: str) -> Queue:
         state=said("JobState"),
         reason="" if reason == "None" else reason,
         restarts=_number(said("Restarts")),
+        submitted=when(said("SubmitTime")),
         eligible=when(said("EligibleTime")),
         expected=when(said("StartTime")),
     )

@@ -16,7 +16,7 @@ from launcher.parser import Parser
 from launcher.show import printable
 from launcher.slurm import record
 from launcher.slurm.facts import gather, job_output, rank_logs
-from launcher.slurm.standing import ACTIVE, Standing, ask, judge
+from launcher.slurm.standing import ACTIVE, Standing, ask, judge, locate
 
 __all__ = ["main"]
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         "-n", "--lines", metavar="LINES", help=f"how many of the last lines, or all; default {LINES}, of --all 10 each"
     )
     options = parser.parse_args(list(argv))
-    path = record.find(options.target)
+    path = locate(options.target)
     if record.is_sweep(path):
         raise UsageError(f"{options.target} is a sweep: name one of its runs, {path / '00000'} or JOB_4 for the fifth")
     count = _count(options)
@@ -90,14 +90,15 @@ def _logs(path: Path, options: Namespace) -> Logs:
     if options.job:
         output = _output(path)
         if output is None:
-            raise LauncherError(f"{path} has had no job: launcher run prints to its terminal")
+            raise LauncherError(f"{path} has had no job: launcher run, which started it, prints to its terminal")
         if not output.exists():
             raise LauncherError(f"{output} is not there: the job has not started yet (-f waits for it)")
         return {"": output}
     logs = rank_logs(path)
     if not logs:
-        started = "launcher run prints to its terminal" if _output(path) is None else "-f waits for them"
-        raise LauncherError(f"{path} has no logs yet: {started}")
+        if _output(path) is None:
+            raise LauncherError(f"{path} has no logs: launcher run, which started it, prints to its terminal")
+        raise LauncherError(f"{path} has no logs yet (-f waits for them)")
     if options.all:
         return {f"[{next(iter(logs.values())).name[:4]} {number}] ": file for number, file in logs.items()}
     number = options.rank or 0

@@ -13,11 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, UsageError
 from launcher.slurm import cluster, record
 from launcher.slurm.facts import Facts, gather
 
-__all__ = ["ACTIVE", "Heard", "Standing", "Sweep", "ask", "clock", "judge", "stand", "stand_of_sweep"]
+__all__ = ["ACTIVE", "Heard", "Standing", "Sweep", "ask", "clock", "judge", "locate", "stand", "stand_of_sweep"]
 
 ACTIVE = ("running", "requeued", "pending")
 # The one state that tells most of several runs is the first of these that one of them has.
@@ -90,7 +90,7 @@ class Standing:
 
     def seconds_left(self) -> int | None:
         """Of the job's limit."""
-        running = self.job is not None and self.job.state not in WAITING
+        running = self.job is not None and self.job.state not in {*WAITING, "COMPLETING"}
         end = self.job.end if self.job is not None and running and self.job.limit is not None else None
         return None if end is None else max(0, round(end - time.time()))
 
@@ -130,6 +130,22 @@ def ask(ids: Collection[str] | None = None, *, mine: bool = False) -> Heard:
     except (LauncherError, ValueError) as error:
         return Heard(fault=str(error))
     return Heard({job.id: job for job in found}, answered=True)
+
+
+def locate(text: str) -> Path:
+    """The directory of the run, or sweep, that a person means.
+
+    Raises:
+        UsageError: there is none, or it may not be read.
+    """
+    try:
+        path = record.find(text)
+        if not text.isdigit() or not record.is_sweep(path) or text in {one.job for one in record.submissions(path)}:
+            return path
+    except OSError as error:
+        raise UsageError(f"{text}: cannot read {error.filename}: {error.strerror}") from None
+    job = cluster.job(text)  # what SLURM_JOB_ID is in one task of the array: not all of them are meant
+    return path / f"{int(job.id.partition('_')[2]):05d}" if job is not None and "_" in job.id else path
 
 
 def stand(path: Path, heard: Heard) -> Standing:
@@ -177,7 +193,7 @@ def _judged(facts: Facts, job: cluster.Job | None, heard: Heard) -> tuple[str, s
         was_to_go_on = facts.failure is not None and facts.failure.retry
         return ("cancelled" if facts.cancelled and was_to_go_on else "failed"), _failed(facts)
     if facts.status == "cancelled":
-        return "cancelled", facts.reason or (facts.verdict[1] if facts.verdict else "")
+        return "cancelled", _by_whom(facts)
     if job is not None:
         return _waiting(facts, job) if job.state in WAITING else _running(facts, job)
     if not facts.status and not facts.attempt and not facts.jobs:
@@ -190,6 +206,11 @@ def _failed(facts: Facts) -> str:
     if facts.failure is not None and "starts in a row" not in verdict:
         return str(facts.failure)
     return verdict or facts.reason or "it does not say why"
+
+
+def _by_whom(facts: Facts) -> str:
+    told = facts.verdict[1] if facts.verdict is not None else facts.reason
+    return told or ("by launcher cancel" if facts.cancelled else "")
 
 
 def _waiting(facts: Facts, job: cluster.Job) -> tuple[str, str]:
@@ -210,7 +231,7 @@ def _running(facts: Facts, job: cluster.Job) -> tuple[str, str]:
     if facts.cancelled:
         return "running", "is being cancelled: it saves first"
     if facts.status == "preempted" and (facts.verdict is not None or job.state == "COMPLETING"):
-        return "requeued", "on its way back into the queue"
+        return "requeued", "on its way back into the queue" if facts.verdict is not None else "its processes end"
     if job.state == "COMPLETING":
         return "running", "SLURM ends its processes"
     if facts.status == "failed":
@@ -241,7 +262,7 @@ def _gone(facts: Facts, heard: Heard) -> tuple[str, str]:
     if word in ("finished", "failed", "cancelled"):
         return word, _failed(facts) if word == "failed" else text
     if facts.cancelled:
-        return "cancelled", text
+        return "cancelled", _by_whom(facts)
     if not heard.answered:
         asked = "SLURM does not answer" if heard.fault else "there is no SLURM here to ask"
         said = text if facts.status == "preempted" and text else "run.json says so"

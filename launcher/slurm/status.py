@@ -17,7 +17,7 @@ from launcher.parser import Parser
 from launcher.show import print_json, print_table, printable
 from launcher.slurm import record
 from launcher.slurm.facts import job_output, near, rank_logs, tail
-from launcher.slurm.standing import ACTIVE, Heard, Standing, Sweep, ask, clock, stand, stand_of_sweep
+from launcher.slurm.standing import ACTIVE, Heard, Standing, Sweep, ask, clock, locate, stand, stand_of_sweep
 
 __all__ = ["main"]
 
@@ -70,7 +70,7 @@ def _named(targets: Sequence[str]) -> list[Row]:
     paths = []
     for target in targets:
         try:
-            paths.append(record.find(target))
+            paths.append(locate(target))
         except UsageError as error:
             print(f"launcher: {printable(str(error))}", file=sys.stderr)
     ids = [one.job for path in paths for one in record.submissions(path)[-20:]]
@@ -258,9 +258,14 @@ def _as_json(row: Row, *, alone: bool) -> list[dict[str, Any]]:
     ]
     if alone:
         return points
-    return [
-        {"run": str(row.path), "job": _row(row)[1] or None, "state": row.state, "why": str(row), "points": row.counts}
-    ]
+    said = {
+        "run": str(row.path),
+        "job": _row(row)[1] or None,
+        "state": row.state,
+        "why": str(row),
+        "points": row.counts,
+    }
+    return [{**dict.fromkeys(KEYS), **said}]
 
 
 def _run_as_json(row: Standing) -> dict[str, Any]:

@@ -79,14 +79,18 @@ def submit(argv: Sequence[str]) -> int:
     if dry_run:
         _show(settled, draft, tuple(points))
         return 0
-    path, fresh = _directory(settled, directory)
+    missing = [place for place in (draft, *draft.parents) if not place.exists()]
+    path = _directory(settled, directory)
     try:
         jobs = _write_and_queue(settled, path, recipe, modules, grid)
     except UnansweredError:
         raise
     except BaseException:
-        if fresh:  # nothing of it is anybody's yet
+        if missing:  # nothing of it is anybody's yet
             shutil.rmtree(path, ignore_errors=True)
+        for parent in missing[1:]:
+            with suppress(OSError):  # another run's by now
+                parent.rmdir()
         raise
     _tell(path, jobs, as_json)
     return 0
@@ -185,19 +189,18 @@ def _own(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return left, directory
 
 
-def _directory(settled: Settled, given: str | None) -> tuple[Path, bool]:
-    """The run's directory (or the sweep's), and whether it was made for this."""
+def _directory(settled: Settled, given: str | None) -> Path:
+    """The run's directory (or the sweep's), made where it is missing."""
     many = bool(settled.order.points)
     if given is not None and (path := Path(given).expanduser().absolute()).is_dir():
         free(path)
         if many and any(path.iterdir()):
             raise UsageError(f"{path} is not empty: a sweep takes a directory of its own (launcher resume goes on)")
-    fresh = given is None or not path.exists()
     rundir = RunDir.open(given, name=f"{settled.order.name}-sweep" if many else settled.order.name)
     if not many and rundir.read().get("status") == "finished" and not settled.order.arguments:
         raise UsageError(f"{rundir.path}: the run has finished: ask for more --steps, or name another --run.dir")
     (rundir.path / "slurm").mkdir(exist_ok=True)
-    return rundir.path, fresh
+    return rundir.path
 
 
 def _write_and_queue(

@@ -44,7 +44,7 @@ case "$*" in
 esac""",
     "sbatch": """
 case "$*" in
-  *--test-only*) cat > "$here/tested"; answer tested;;
+  *--test-only*) cat > "$here/tried"; answer tested;;
   *) env -0 > "$here/environment"
      echo x >> "$here/count"
      if [ "$(wc -l < "$here/count")" -gt "$(cat "$here/most")" ]; then echo "sbatch: error: no more" >&2; exit 1; fi
@@ -54,6 +54,7 @@ esac""",
     "sacctmgr": "answer sacctmgr",
     "scancel": ":",
     "srun": """
+. "$here/during"
 echo ran >> "$here/ran"
 cp -r "$here/scene/." "$LAUNCHER_RUN/"
 answer srun""",
@@ -76,6 +77,10 @@ answer() {   # the lines of a file, one a call, the last for ever: EXIT-CODE TEX
 """
 
 
+REALLY = 'while [ "$1" != bash ]; do shift; done; exec "$@"'
+"""For `during`: srun runs its task, one of them."""
+
+
 @dataclass
 class Fakes:
     """Fakes of SLURM's commands, in a directory of their own."""
@@ -91,7 +96,17 @@ class Fakes:
             script.write_text(HEAD.replace("HERE", f"'{self.path}'") + body.lstrip("\n") + "\n")
             script.chmod(0o755)
         self.say(config="KillWait = 30 sec", partitions="\n".join(PARTITIONS), nodes="\n".join(NODES), job="")
-        self.say(end="N/A", preempted="N/A", idle="", requeue="0 ", tested="0 ", squeue="0 ", srun="0 ", calls=None)
+        self.say(
+            end="N/A",
+            preempted="N/A",
+            idle="",
+            requeue="0 ",
+            tested="0 ",
+            squeue="0 ",
+            srun="0 ",
+            calls=None,
+            during=None,
+        )
         self.say(sacctmgr="1 no accounting", most="99")
 
     def say(self, **answers: str | None) -> Fakes:
