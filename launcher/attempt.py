@@ -285,6 +285,8 @@ def _open_run(
     rundir = RunDir.open(options.dir, name=options.name or recipe.stem)
     saved = rundir.config()
     check_resume(settings if saved is None else saved, settings, options.allow)
+    if "LAUNCHER_RUN" not in os.environ:  # started by hand: what `launcher cancel` asked of a job is over
+        (rundir.path / "slurm" / "cancelled").unlink(missing_ok=True)
     number = rundir.start_attempt(world.world_size)
     rundir.record(settings, recipe, command=sys.argv, attempt=number, world_size=world.world_size, hosts=hosts)
     print(f"run directory: {rundir.path}" + (f" (attempt {number})" if number > 1 else ""), file=sys.stderr, flush=True)

@@ -230,8 +230,8 @@ class RunDir:
         return (self.path / "slurm" / "cancelled").exists()
 
     def _has_failed(self) -> bool:
-        number = self.attempt if self.attempt is not None else self.current_attempt()
-        return os.path.exists(self.path / "attempts" / str(number) / "failed")
+        """Whether the start that this process belongs to has failed; who is of none says what comes next."""
+        return self.attempt is not None and os.path.exists(self.path / "attempts" / str(self.attempt) / "failed")
 
     def _write_facts(self, facts: Mapping[str, Any]) -> None:
         self._store("run.json", _json({**self.read(), **facts, "updated": _now()}))

@@ -21,7 +21,7 @@ from launcher.rundir import RunDir
 from launcher.show import printable
 from launcher.slurm import cluster, record
 from launcher.slurm.facts import Facts, gather, near
-from launcher.slurm.standing import WAITING, Heard, judge, locate
+from launcher.slurm.standing import WAITING, Heard, judge
 
 __all__ = ["main"]
 
@@ -81,7 +81,7 @@ def _cancel(text: str, *, now: bool) -> None:
     Raises:
         LauncherError: there is nothing to cancel, or SLURM refuses.
     """
-    path = locate(text)
+    path = record.find(text)
     if record.is_sweep(path):
         targets = _of_sweep(path)
         if not targets:

@@ -16,7 +16,7 @@ from launcher.parser import Parser
 from launcher.show import printable
 from launcher.slurm import record
 from launcher.slurm.facts import gather, job_output, rank_logs
-from launcher.slurm.standing import ACTIVE, Standing, ask, judge, locate
+from launcher.slurm.standing import ACTIVE, Standing, ask, judge
 
 __all__ = ["main"]
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         "-n", "--lines", metavar="LINES", help=f"how many of the last lines, or all; default {LINES}, of --all 10 each"
     )
     options = parser.parse_args(list(argv))
-    path = locate(options.target)
+    path = record.find(options.target)
     if record.is_sweep(path):
         raise UsageError(f"{options.target} is a sweep: name one of its runs, {path / '00000'} or JOB_4 for the fifth")
     count = _count(options)

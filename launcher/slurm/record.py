@@ -72,11 +72,19 @@ def points(path: Path) -> list[Path]:
 def find(text: str) -> Path:
     """The directory of the run, or sweep, that a person means: by its path, or by the id of one of its jobs.
 
-    A job is looked for in SLURM's memory (its working directory is the run's), then in the runs under `runs/`.
+    A job is looked for in SLURM's memory (its working directory is the run's), then in the runs under `runs/`. Of one
+    task of an array it is that run's: `123_4`, or the number that SLURM_JOB_ID is in it.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it may not be read.
     """
+    try:
+        return _found(text)
+    except OSError as error:
+        raise UsageError(f"{text}: cannot read {error.filename}: {error.strerror}") from None
+
+
+def _found(text: str) -> Path:
     path = Path(text).expanduser().absolute()
     if path.is_dir():
         if not any((path / name).exists() for name in ("run.json", "attempts", "slurm")):
@@ -90,11 +98,15 @@ def find(text: str) -> Path:
         known = cluster.job(text)
     if known is not None:
         directory = Path(known.work_dir)
-        if (directory / "slurm").is_dir():
-            return directory / f"{int(task):05d}" if task and is_sweep(directory) else directory
-        raise UsageError(f"job {text} ({known.name}) was not made by launcher submit: its directory is no run")
+        if not (directory / "slurm").is_dir():
+            raise UsageError(f"job {text} ({known.name}) was not made by launcher submit: its directory is no run")
+        own = known.id.partition("_")[2] if text != known.array else ""
+        return _point(directory, task or own)
     for slurm in sorted(Path("runs").glob("*/slurm"), reverse=True):
         if any(one.job == array for one in submissions(slurm.parent.absolute())):
-            directory = slurm.parent.absolute()
-            return directory / f"{int(task):05d}" if task else directory
+            return _point(slurm.parent.absolute(), task)
     raise UsageError(f"job {text}: SLURM does not know it (any more), and no run under ./runs had it: name the run")
+
+
+def _point(directory: Path, task: str) -> Path:
+    return directory / f"{int(task):05d}" if task.isdigit() and is_sweep(directory) else directory

@@ -13,11 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LauncherError, UsageError
+from launcher.errors import LauncherError
 from launcher.slurm import cluster, record
 from launcher.slurm.facts import Facts, gather
 
-__all__ = ["ACTIVE", "Heard", "Standing", "Sweep", "ask", "clock", "judge", "locate", "stand", "stand_of_sweep"]
+__all__ = ["ACTIVE", "Heard", "Standing", "Sweep", "ask", "clock", "judge", "stand", "stand_of_sweep"]
 
 ACTIVE = ("running", "requeued", "pending")
 # The one state that tells most of several runs is the first of these that one of them has.
@@ -130,22 +130,6 @@ def ask(ids: Collection[str] | None = None, *, mine: bool = False) -> Heard:
     except (LauncherError, ValueError) as error:
         return Heard(fault=str(error))
     return Heard({job.id: job for job in found}, answered=True)
-
-
-def locate(text: str) -> Path:
-    """The directory of the run, or sweep, that a person means.
-
-    Raises:
-        UsageError: there is none, or it may not be read.
-    """
-    try:
-        path = record.find(text)
-        if not text.isdigit() or not record.is_sweep(path) or text in {one.job for one in record.submissions(path)}:
-            return path
-    except OSError as error:
-        raise UsageError(f"{text}: cannot read {error.filename}: {error.strerror}") from None
-    job = cluster.job(text)  # what SLURM_JOB_ID is in one task of the array: not all of them are meant
-    return path / f"{int(job.id.partition('_')[2]):05d}" if job is not None and "_" in job.id else path
 
 
 def stand(path: Path, heard: Heard) -> Standing:

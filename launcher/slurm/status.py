@@ -17,7 +17,7 @@ from launcher.parser import Parser
 from launcher.show import print_json, print_table, printable
 from launcher.slurm import record
 from launcher.slurm.facts import job_output, near, rank_logs, tail
-from launcher.slurm.standing import ACTIVE, Heard, Standing, Sweep, ask, clock, locate, stand, stand_of_sweep
+from launcher.slurm.standing import ACTIVE, Heard, Standing, Sweep, ask, clock, stand, stand_of_sweep
 
 __all__ = ["main"]
 
@@ -70,7 +70,7 @@ def _named(targets: Sequence[str]) -> list[Row]:
     paths = []
     for target in targets:
         try:
-            paths.append(locate(target))
+            paths.append(record.find(target))
         except UsageError as error:
             print(f"launcher: {printable(str(error))}", file=sys.stderr)
     ids = [one.job for path in paths for one in record.submissions(path)[-20:]]
