@@ -26,7 +26,7 @@ def submit(lab, *argv, command="submit", **settings):
     return told["jobs"]
 
 
-def ended(lab, jobs, timeout=120):
+def ended(lab, jobs, timeout=200):
     """Wait until jobs have left the queue."""
     deadline = time.monotonic() + timeout
     while left := lab.command("squeue", "-h", "-o", "%A %T %r", "-j", ",".join(jobs), check=False):
@@ -211,7 +211,7 @@ def test_a_sweep_and_runs_that_are_resumed(lab, tmp_path):
     sweep = submit(lab, *ONE, "--sweep", grid, PACED, *steps, "--run.dir", "sweep", cwd=tmp_path, timeout=120)
     long = [*TWO, "--no-check", PACED, "--steps", "400", *QUICK, "--run.dir", "long"]
     stopped = submit(lab, *long, cwd=tmp_path, env={"PACE": "0.2"})
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while not (tmp_path / "long/attempts/1/stepped").exists():
         assert time.monotonic() < deadline, told(tmp_path / "long")
         time.sleep(0.1)  # polling a file that another process writes
