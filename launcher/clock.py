@@ -27,7 +27,7 @@ class Clock:
         self._lead, self._grace = _number(environ.get("LAUNCHER_SIGNAL_LEAD")), _number(environ.get("LAUNCHER_GRACE"))
         self._step = self._evaluation = self._paused = 0.0
         self._save = save_seconds
-        self._unmeasured = min(FIRST_SAVE, self.left / 10)
+        self._unmeasured = min(FIRST_SAVE, max(0.0, self.left / 10))
         self._edge: float | None = None
 
     @property

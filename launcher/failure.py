@@ -12,11 +12,12 @@ __all__ = ["Kind", "kind_of", "may_pass"]
 Kind = str
 """`code` (the recipe, its options, its data), `peer` (another rank has gone), or `hardware`."""
 
+# What gloo, NCCL and torch's store say where the other side is gone.
 PEER = re.compile(
-    r"connection (closed|reset|refused|was) |broken pipe|connection closed by peer|"
-    r"gloo.*(timed out|pair\.cc|unbound_buffer)|timed out waiting \d+ms|"
-    r"nccl (communicator was aborted|error.*remote process|.*socket)|remote process exited|"
-    r"collective operation timeout|wait timeout after|store.*(timed out|get|wait)|failed to recv|sendbytes failed",
+    r"connection (closed by peer|reset by peer|refused)|broken pipe|"
+    r"gloo\b.*(timed out|pair\.cc|buffer\.cc|transport)|timed out waiting \d+ ?ms|"
+    r"nccl\b.*(communicator was aborted|remote process|remote error|socket)|remote process exited|"
+    r"collective operation timeout|(store|socket)\b.*(timed out|timeout)|failed to recv|sendbytes failed",
     re.IGNORECASE | re.DOTALL,
 )
 # Of the errors that CUDA's runtime names, those of a machine and not of a program; cuda runtime API, cudaError_t.

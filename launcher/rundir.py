@@ -319,7 +319,8 @@ def _versions() -> dict[str, str]:
 
 
 def _here() -> dict[str, str]:
-    return {"host": socket.gethostname(), "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as SLURM names it, to be excluded by
+    return {"host": host, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
 
 
 def _now() -> str:

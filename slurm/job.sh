@@ -40,7 +40,11 @@ MASTER_PORT=$((10000 + SLURM_JOB_ID % 22000))   # below the ports that the kerne
 while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-@THREADS@}
-ends() { date -d "$(squeue -h -j "$me" -o %e 2>/dev/null)" +%s 2>/dev/null; }   # nothing where there is no limit
+ends() {                                    # nothing where there is no limit, or no answer
+  local when
+  when=$(squeue -h -j "$me" -o %e 2>/dev/null)
+  [ -n "$when" ] && date -d "$when" +%s 2>/dev/null
+}
 end=$(ends)
 [ -z "$end" ] || export LAUNCHER_JOB_END=$((end - 20))   # the ranks stop by themselves before it
 
@@ -79,6 +83,7 @@ attempt=$(newest) facts=/nonexistent
 [ "$attempt" = "$attempt_before" ] || facts=$run/attempts/$attempt
 failed=$(sed -n 's/^  "error": "\(.*\)",\{0,1\}$/\1/p' "$facts/failed" 2>/dev/null)
 slurm=$(scontrol -o show job "$me" 2>/dev/null | head -n 1)
+slurm=${slurm%% Command=*} slurm=${slurm%% WorkDir=*}   # paths follow, which may say anything
 ending() { [[ $slurm == *" JobState="@(COMPLETING|CANCELLED|PREEMPTED|TIMEOUT)* ]]; }
 again() { [[ -n $slurm && $slurm != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; }   # SLURM has requeued it itself
 by_a_person() {                             # it is ending, and neither a limit, a preemption nor SLURM's requeue is why

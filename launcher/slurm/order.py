@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import LauncherError, UsageError
-from launcher.rundir import RunDir, Status
+from launcher.rundir import RunDir
 from launcher.show import printable
 from launcher.slurm import cluster, record, snapshot
 from launcher.slurm.rehearsal import Modules
-from launcher.slurm.request import Request, check, check_accounts, check_job, inside, with_shares
+from launcher.slurm.request import Request, check, check_accounts, check_job, chosen, inside, with_shares
 from launcher.slurm.script import Script, check_rendered, render
 from launcher.source import code_patch, describe_code
 
@@ -149,13 +149,19 @@ def settle(order: Order, *, here: bool = True) -> Settled:
     check(request, partitions, nodes)
     check_accounts(request)
     check_job(request)
-    partition = next(p for p in partitions if (p.name == request.partition if request.partition else p.default))
-    limit = partition.default_time if request.time is None else cluster.seconds_of(request.time)
-    limit = partition.max_time if limit is None else limit
+    targets = chosen(request, partitions)
+    limits = [_limit(request, partition) for partition in targets]
+    limit = min((limit for limit in limits if limit is not None), default=None)
     kill_wait = re.match(r"\d+", cluster.configuration().get("KillWait", ""))
-    grace = (int(kill_wait[0]) if kill_wait else KILL_WAIT) + partition.grace_time
-    grace = 0 if partition.preempt_mode == "OFF" else grace
+    after = int(kill_wait[0]) if kill_wait else KILL_WAIT
+    grace = min((after + p.grace_time for p in targets if p.preempt_mode != "OFF"), default=0)
     return Settled(replace(order, request=request), _lead(request, limit), grace)
+
+
+def _limit(request: Request, partition: cluster.Partition) -> int | None:
+    """The seconds that a job may take there; None: as long as it likes."""
+    own = partition.default_time if request.time is None else cluster.seconds_of(request.time)
+    return partition.max_time if own is None else own
 
 
 def _filled(request: Request) -> Request:
@@ -264,7 +270,7 @@ def queue(settled: Settled, path: Path, tasks: Sequence[int] = ()) -> list[str]:
         (run.path / "slurm").mkdir(exist_ok=True)
         for name in ("cancelled", "verdict", "idle"):
             (run.path / "slurm" / name).unlink(missing_ok=True)
-        _set_status(run, "pending")
+        run.update(status="pending")
     jobs: list[str] = []
     try:
         for _ in range(order.request.chain or 1):
@@ -278,14 +284,9 @@ def queue(settled: Settled, path: Path, tasks: Sequence[int] = ()) -> list[str]:
                 cluster.ask(["scancel", *jobs])
         for run, status in zip(runs, before, strict=True):
             if status is not None:
-                _set_status(run, status)
+                run.update(status=status)
         raise
     return jobs
-
-
-def _set_status(run: RunDir, status: Status) -> None:
-    """Also of a run whose newest start has failed: the status is that of the next."""
-    RunDir(run.path, run.current_attempt() + 1).update(status=status)
 
 
 def sbatch(settled: Settled, path: Path, tasks: Sequence[int] = ()) -> list[str]:

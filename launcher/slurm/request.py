@@ -23,6 +23,7 @@ __all__ = [
     "check",
     "check_accounts",
     "check_job",
+    "chosen",
     "inside",
     "read_flags",
     "read_site",
@@ -185,16 +186,37 @@ def read_flags(given: Mapping[str, Any], site: Site) -> Request:
     return request
 
 
+def chosen(request: Request, partitions: Sequence[cluster.Partition]) -> list[cluster.Partition]:
+    """The partitions that a job may go to: one, or those of `a,b`, of which SLURM takes the first that has room.
+
+    Raises:
+        UsageError: there is no such partition, or it is not up.
+    """
+    names = ", ".join(partition.name for partition in partitions)
+    if request.partition is None:
+        default = [partition for partition in partitions if partition.default]
+        if not default:
+            raise UsageError(f"say --partition: the cluster has no default one; there are {names}")
+        return default
+    known = {partition.name: partition for partition in partitions}
+    for name in request.partition.split(","):
+        if name not in known:
+            raise UsageError(f"--partition {name}: no such partition; there are {names}")
+        if not known[name].up:
+            raise UsageError(f"--partition {name}: it is not up now (scontrol show partition {name})")
+    return [known[name] for name in request.partition.split(",")]
+
+
 def inside(
     request: Request, partitions: Sequence[cluster.Partition], nodes: Sequence[cluster.Node]
 ) -> list[cluster.Node]:
-    """The nodes of the partition that a job goes to.
+    """The nodes of the partitions that a job may go to.
 
     Raises:
         UsageError: there is no such partition.
     """
-    partition = _partition(request, partitions)
-    return [node for node in nodes if partition.name in node.partitions]
+    names = {partition.name for partition in chosen(request, partitions)}
+    return [node for node in nodes if names & {*node.partitions}]
 
 
 def with_shares(request: Request, nodes: Sequence[cluster.Node]) -> Request:
@@ -225,7 +247,18 @@ def check(request: Request, partitions: Sequence[cluster.Partition], nodes: Sequ
     Raises:
         UsageError: a partition, a number of nodes, GPUs, cores, a time that it does not have.
     """
-    partition = _partition(request, partitions)
+    refused = []
+    for partition in chosen(request, partitions):
+        try:
+            _check_limits(request, partition)
+            _check_nodes(request, partition, [node for node in nodes if partition.name in node.partitions])
+            return
+        except UsageError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _check_limits(request: Request, partition: cluster.Partition) -> None:
     if request.time is not None and partition.max_time is not None:
         seconds = _seconds(request.time)
         if seconds is None or seconds > partition.max_time:
@@ -237,22 +270,6 @@ def check(request: Request, partitions: Sequence[cluster.Partition], nodes: Sequ
         value = getattr(request, what)
         if value is not None and allowed is not None and value not in allowed:
             raise UsageError(f"--{what} {value}: partition {partition.name} allows {', '.join(allowed)}")
-    _check_nodes(request, partition, inside(request, partitions, nodes))
-
-
-def _partition(request: Request, partitions: Sequence[cluster.Partition]) -> cluster.Partition:
-    names = [partition.name for partition in partitions]
-    if request.partition is None:
-        default = next((partition for partition in partitions if partition.default), None)
-        if default is None:
-            raise UsageError(f"say --partition: the cluster has no default one; there are {', '.join(names)}")
-        return default
-    found = next((partition for partition in partitions if partition.name == request.partition), None)
-    if found is None:
-        raise UsageError(f"--partition {request.partition}: no such partition; there are {', '.join(names)}")
-    if not found.up:
-        raise UsageError(f"--partition {found.name}: it is not up now (scontrol show partition {found.name})")
-    return found
 
 
 def _check_nodes(request: Request, partition: cluster.Partition, there: Sequence[cluster.Node]) -> None:

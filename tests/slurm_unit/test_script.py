@@ -523,9 +523,6 @@ def test_ranks_that_do_not_stop_before_the_limit(tmp_path):
     assert job.requeued == ["55"]
 
 
-@pytest.mark.xfail(
-    reason="slurm/job.sh looks for these words anywhere in what scontrol says, a directory's name included"
-)
 def test_a_directory_that_is_called_like_a_state(tmp_path):
     job = Job(tmp_path)
     number = job.attempt(status="preempted")
@@ -535,7 +532,6 @@ def test_a_directory_that_is_called_like_a_state(tmp_path):
     assert job.play().verdict.startswith("preempted: ")
 
 
-@pytest.mark.xfail(reason="`date -d ''` is midnight: slurm/job.sh takes that for the job's end")
 def test_a_squeue_that_says_nothing_sets_no_limit(tmp_path):
     job = Job(tmp_path)
     job.fakes.say(during='echo "${LAUNCHER_JOB_END-none}" > "$here/end-seen"')
