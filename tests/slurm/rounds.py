@@ -64,7 +64,7 @@ class Round:
         command = ["launcher", "submit", *flags, *self.kind.flags, str(RECIPE)]
         options = ["--steps", str(self.kind.steps), *OPTIONS, "--run.dir", str(self.path)]
         env = {"PACE": str(PACE), **self.kind.env}
-        said = json.loads(self.lab.command(*command, *options, cwd=self.path.parent, env=env))
+        said = json.loads(self.lab.command(*command, *options, cwd=self.path.parent, env=env, timeout=240))
         assert said["run"] == str(self.path)
         self.job = said["job"]
         return self
