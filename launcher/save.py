@@ -157,15 +157,16 @@ class Saver:
             print(f"launcher: rank {self._run.rank}: {outcome.error}", file=sys.stderr, flush=True)
         elif outcome.broken or not (self._final or outcome.replaced):  # else it is the run's failure, and told as that
             self._run.print(f"launcher: NOT SAVED, training goes on: {outcome.error}")
-        if self._run.is_main and outcome.path is not None:
-            try:
-                self._rundir.update(
-                    global_step=outcome.step,
-                    checkpoint=outcome.path.name,
-                    save_seconds=round(outcome.seconds, 3),
-                    save_blocked_seconds=round(outcome.blocked, 3),
-                )
-            except LauncherError as error:
+        if not self._run.is_main:
+            return
+        facts: dict[str, Any] = {"save_error": outcome.error}
+        if outcome.path is not None:
+            facts |= {"global_step": outcome.step, "checkpoint": outcome.path.name}
+            facts |= {"save_seconds": round(outcome.seconds, 3), "save_blocked_seconds": round(outcome.blocked, 3)}
+        try:
+            self._rundir.update(**facts)
+        except LauncherError as error:
+            if outcome.path is not None:  # else the save has failed of the same
                 self._run.print(f"launcher: {error}")
 
     def _state(self, loop: Loop) -> checkpoint.State:

@@ -7,6 +7,7 @@ two threads of a rank, or two ranks that issue in another order, would deadlock 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -85,10 +86,16 @@ def connect(run: RunConfig, environ: Mapping[str, str]) -> tuple[World, Accelera
 
     Raises:
         UsageError: the environment is half set, or the precision does not exist on this device.
-        WorldError: Accelerate came up with another world than the environment promises.
+        WorldError: Accelerate came up with another world than the environment promises, or a job that asked for GPUs
+            has none.
     """
     rank, world_size, local_rank, local_world_size = _ranks(environ)
     cuda = torch.cuda.is_available() and environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    if (asked := environ.get("LAUNCHER_GPUS")) and not cuda:
+        raise WorldError(
+            f"{socket.gethostname()}: the job asked for {asked} GPUs a node and torch {torch.__version__} sees none: "
+            "a build for the CPU, or a node with a broken driver (launcher doctor --nodes)"
+        )
     if run.precision == "fp16" and not cuda:
         raise UsageError("fp16 needs a CUDA device: Accelerate would silently train in fp32 here; --run.precision bf16")
     if cuda and local_rank >= torch.cuda.device_count():

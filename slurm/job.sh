@@ -16,13 +16,14 @@ command=(@COMMAND@)
 export LAUNCHER_RUN=$run LAUNCHER_CWD=$cwd LAUNCHER_GRACE=@AFTER_KILL@ LAUNCHER_SIGNAL_LEAD=@SIGNAL_LEAD@
 @ENVIRONMENT@
 @SETUP@
+set +eu +o pipefail                         # whatever stands above has set
 
 # ---- what this start is ----
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 me=${me:-$SLURM_JOB_ID}                     # of an array's task: the array's id alone would mean all of them
 say() { echo "launcher: $*"; }
 newest() { ls -- "$run/attempts" 2>/dev/null | sort -n | tail -n 1; }
-saved() { grep -s '^  "checkpoint": ' "$run/run.json"; }
+saved() { ls -- "$run/checkpoints" 2>/dev/null | grep -x 'step-[0-9]*' | tail -n 1; }   # the newest checkpoint
 status() { sed -i "s/^  \"status\": \"[a-z]*\"/  \"status\": \"$1\"/" "$run/run.json"; }
 mkdir -p -- "$run/logs" "$run/slurm"
 exec >> "slurm/$me.out" 2>&1                # where SLURM's own lines are too
@@ -82,8 +83,10 @@ kill -KILL "$follow" ${keeper:+"$keeper"} 2>/dev/null
 attempt=$(newest) facts=/nonexistent
 [ "$attempt" = "$attempt_before" ] || facts=$run/attempts/$attempt
 failed=$(sed -n 's/^  "error": "\(.*\)",\{0,1\}$/\1/p' "$facts/failed" 2>/dev/null)
-slurm=$(scontrol -o show job "$me" 2>/dev/null | head -n 1)
-slurm=${slurm%% Command=*} slurm=${slurm%% WorkDir=*}   # paths follow, which may say anything
+look() {
+  slurm=$(scontrol -o show job "$me" 2>/dev/null | head -n 1)
+  slurm=${slurm%% Command=*} slurm=${slurm%% WorkDir=*}   # paths follow, which may say anything
+}
 ending() { [[ $slurm == *" JobState="@(COMPLETING|CANCELLED|PREEMPTED|TIMEOUT)* ]]; }
 again() { [[ -n $slurm && $slurm != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; }   # SLURM has requeued it itself
 by_a_person() {                             # it is ending, and neither a limit, a preemption nor SLURM's requeue is why
@@ -91,22 +94,28 @@ by_a_person() {                             # it is ending, and neither a limit,
   ending && ! again && [[ $slurm != *" Reason=TimeLimit "* ]] &&
     [[ $(squeue -h -t all -j "$me" -O PreemptTime 2>/dev/null) == N/A* ]]
 }
+look
 if grep -qs '^  "status": "finished"' "$run/run.json"; then verdict=finished why="in $attempt starts"
 elif by_a_person; then verdict=cancelled why="by a person"
 elif grep -qs '^  "retry": false' "$facts/failed"; then verdict=failed why=$failed
 elif [ -e "$run/slurm/refused" ]; then verdict=failed why=$(<"$run/slurm/refused")
 elif grep -qs '^  "status": "preempted"' "$facts"/exit-*.json; then verdict=preempted why="stopped by a signal, or ahead of the time limit"
 elif [ -n "$late" ]; then verdict=lost why="the ranks had not stopped 10 s before the time limit"
-else verdict=lost why="${failed:-a rank was killed, or could not start (exit code ${code:-none})}"; fi
+else
+  # without an attempt python has not come to launcher.main: the last words of a rank say why
+  [ "$facts" != /nonexistent ] || failed=$(tail -qn 1 -- "$run"/logs/* 2>/dev/null | grep -m 1 -e Error -e '^launcher: ')
+  verdict=lost why="${failed:-a rank was killed, or could not start (exit code ${code:-none})}"
+fi
 
-# what goes on must get on: a preempted start makes a step, a lost one is to have left a checkpoint
+# what goes on must get on: a start that has left no new checkpoint got nowhere
 idle=0
 case $verdict in
-  preempted) [ -e "$facts/stepped" ] || idle=$(($(cat "$run/slurm/idle" 2>/dev/null || echo 0) + 1));;
-  lost) [ "$(saved)" != "$saved_before" ] || idle=$(($(cat "$run/slurm/idle" 2>/dev/null || echo 0) + 1));;
+  preempted | lost) [ "$(saved)" != "$saved_before" ] || idle=$(($(cat "$run/slurm/idle" 2>/dev/null || echo 0) + 1));;
 esac
-echo "$idle" > "$run/slurm/idle"
 if [ "$idle" -gt 3 ]; then verdict=failed why="$idle starts in a row got nowhere: $why"; fi
+if ! { echo "$idle" > "$run/slurm/.idle" && mv -f -- "$run/slurm/.idle" "$run/slurm/idle"; }; then
+  verdict=failed why="$run/slurm cannot be written: $why"   # uncounted, it might go on like this for ever
+fi
 case $verdict in preempted | lost) [ "@REQUEUE@" = yes ] || why="$why; no requeue was asked for: launcher resume";; esac
 say "$verdict: $why"
 echo "$verdict: $why" > "$run/slurm/verdict"
@@ -119,9 +128,11 @@ status preempted
 [ "@REQUEUE@" = yes ] || exit 1
 
 # ---- requeue: the last thing, because SLURM then ends all that is here ----
-if ending && again; then exit 0; fi         # asked once more, SLURM would revive what a person cancels meanwhile
 trap '' TERM                                # scontrol inherits it, and lives to tell
-until said=$(scontrol requeue "$me" 2>&1); do
+while look; do                              # asked now, SLURM would revive what a person cancels meanwhile
+  if ending && again; then exit 0; fi
+  if by_a_person; then status cancelled; echo "cancelled: by a person" > "$run/slurm/verdict"; exit 0; fi
+  said=$(scontrol requeue "$me" 2>&1) && break
   [[ $said == *@(contact|Unexpected message|timed out)* ]] || { say "$said"; exit 1; }
   sleep 5                                   # slurmctld is away
 done

@@ -112,6 +112,8 @@ class Facts:
     failure: Failure | None = None
     reason: str = ""
     """Why rank 0 of the newest start left."""
+    not_saved: str = ""
+    """Why the last save failed."""
     verdict: tuple[str, str] | None = None
     """How the last start of its job ended, by the batch script: a word and why."""
     cancelled: bool = False
@@ -157,6 +159,7 @@ def gather(path: Path, submissions: Sequence[record.Submission] | None = None) -
         world_size=_whole(said, "world_size"),
         step=step if global_step is None or step is None else max(step, global_step),
         total=_whole(said, "total_steps"),
+        not_saved=_text(said, "save_error"),
         progress=progress,
         checkpoint=checkpoint,
         checkpoint_time=checkpoint_time,

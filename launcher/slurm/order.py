@@ -44,7 +44,7 @@ KILL_WAIT = 30  # seconds, SLURM's own default
 # What a job must not inherit from the one that submits it, or from ranks around it.
 NOT_INHERITED = re.compile(
     r"SLURM_(?!CONF$)|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|TORCHELASTIC_|(SQUEUE|SINFO|SCONTROL|SACCT)_|"
-    r"LAUNCHER_(JOB_END|GRACE|SIGNAL_LEAD|RUN|CWD)$|"
+    r"LAUNCHER_(JOB_END|GRACE|SIGNAL_LEAD|RUN|CWD|GPUS)$|ACCELERATE_USE_CPU$|"
     r"SBATCH_(ARRAY_INX|CHDIR|WORK_DIR|ERROR|EXPORT|INPUT|JOB_NAME|OPEN_MODE|OUTPUT|REQUEUE|NO_REQUEUE|SIGNAL|WAIT)$"
 )
 BY_FLAG = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX", "gpus": "GPUS_PER_NODE"}
@@ -121,7 +121,8 @@ class Settled:
     def text(self, path: Path) -> str:
         """The batch script of the run at `path`."""
         order = self.order
-        environment = {"ACCELERATE_USE_CPU": "true"} if not order.request.gpus else {}
+        gpus = order.request.gpus
+        environment = {"LAUNCHER_GPUS": str(gpus)} if gpus else {"ACCELERATE_USE_CPU": "true"}
         script = Script(
             *(order.request, job_name(order, path), str(path), order.cwd, order.code.recipe, order.arguments),
             *(self.signal_lead, self.grace, {**environment, **order.environment}, order.points),

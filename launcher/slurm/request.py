@@ -78,6 +78,7 @@ OURS = {
     *("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"),
     *("account", "qos", "constraint", "exclude", "reservation", "array", "dependency", "requeue", "no-requeue"),
     *("signal", "output", "error", "open-mode", "chdir", "wrap", "parsable", "job-name", "export", "input"),
+    *("test-only", "wait", "wait-all-nodes", "help", "usage", "version", "clusters"),
 }
 
 

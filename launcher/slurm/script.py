@@ -122,6 +122,8 @@ def header(script: Script) -> list[str]:
     # In a directory whose name has one of these, SLURM would not find the file: it is the script's own lines then.
     output = "/dev/null" if set("%\\") & set(script.run) else "slurm/%A_%a.out" if script.is_array else "slurm/%j.out"
     options += [f"--output={output}", "--open-mode=append"]
+    if SAFE.fullmatch(script.run) and "%" not in script.run:  # else it stands on sbatch's command line alone
+        options.append(f"--chdir={script.run}")
     for option in options:
         key, _, value = option.partition("=")
         if value and not SAFE.fullmatch(value):

@@ -156,10 +156,12 @@ def judge(facts: Facts, heard: Heard) -> Standing:
     found = [job for id_ in facts.jobs if (job := heard.jobs.get(id_)) is not None and job.active]
     job = next((job for job in found if job.state not in WAITING), found[0] if found else None)
     state, why = _judged(facts, job, heard)
-    if facts.fault:
-        why = f"{facts.fault}; {why}" if why else facts.fault
-    elif state == "running" and facts.progress.loss is not None and not math.isfinite(facts.progress.loss):
-        why = "; ".join(filter(None, [why, f"the loss is {facts.progress.loss}"]))
+    notes = [facts.fault]
+    if state == "running":
+        loss = facts.progress.loss
+        notes.append(f"the last save failed: {facts.not_saved}" if facts.not_saved else "")
+        notes.append(f"the loss is {loss}" if loss is not None and not math.isfinite(loss) else "")
+    why = "; ".join(filter(None, [*notes, why]))
     return Standing(facts, state, why, job)
 
 

@@ -33,7 +33,7 @@ case "$*" in
   '-o show node') cat "$here/nodes";;
   'show hostnames '*) echo 127.0.0.1;;
   '-o show job '*) cat "$here/job";;
-  'requeue '*) answer requeue;;
+  'requeue '*) [ ! -e "$here/meanwhile" ] || . "$here/meanwhile"; answer requeue;;
   *) :;;
 esac""",
     "squeue": """

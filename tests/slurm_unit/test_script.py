@@ -164,6 +164,8 @@ class Job:
         number = self.run.current_attempt() + 1
         self.scene.path.joinpath("attempts", str(number)).mkdir(parents=True)
         self.scene.update(**(self.run.read() | {"status": "running"} | facts))
+        if "checkpoint" in facts:
+            self.scene.path.joinpath("checkpoints", facts["checkpoint"]).mkdir(parents=True, exist_ok=True)
         return number
 
     @property
@@ -325,7 +327,7 @@ def test_options_that_every_start_would_refuse(tmp_path):
 
 def test_preempted_by_a_signal(tmp_path):
     job = Job(tmp_path)
-    number = job.attempt(status="preempted")
+    number = job.attempt(status="preempted", checkpoint="step-00000005")
     job.scene.record_step(number, 5)
     job.scene.record_exit(number, rank=0, status="preempted", step=5)
     ended = job.play()
@@ -399,13 +401,14 @@ def test_an_older_starts_facts_are_not_this_ones(tmp_path):
 
 
 def test_what_gets_nowhere_is_requeued_three_times(tmp_path):
-    for name, stepped, why in (("preempted", False, "a signal"), ("lost", True, "killed")):
-        job = Job(tmp_path / name)
+    rows = (("preempted", False, "a signal"), ("preempted", True, "a signal"), ("lost", True, "killed"))
+    for name, stepped, why in rows:
+        job = Job(tmp_path / f"{name} {stepped}")
         for expected in (name, name, name, "failed"):
             number = job.attempt(status="preempted")
             if name == "preempted":
                 job.scene.record_exit(number, rank=0, status="preempted", step=None)
-            elif stepped:
+            if stepped:
                 job.scene.record_step(number, 5)  # no checkpoint: the step is trained again
             ended = job.play()
             assert ended.verdict.startswith(f"{expected}: "), ended.output
@@ -422,6 +425,39 @@ def test_progress_is_counted_from_the_last(tmp_path):
         job.attempt(checkpoint=f"step-{start // 2:08d}")
         assert job.play().verdict.startswith("lost: ")
     assert (job.home / "slurm/idle").read_text() == "1\n"
+
+
+def test_starts_that_cannot_be_counted_are_not_repeated(tmp_path):
+    job = Job(tmp_path)
+    job.attempt()
+    (job.run.path / "slurm" / ".idle").mkdir()  # what a full disk does to every write
+    ended = job.play()
+    assert ended.verdict.startswith(f"failed: {job.run.path}/slurm cannot be written: ")
+    assert not job.requeued
+
+
+def test_a_job_that_is_cancelled_while_the_controller_is_away_stays_so(tmp_path):
+    job = Job(tmp_path)
+    cancelled = "JobId=55 JobName=x JobState=COMPLETING Reason=None Requeue=1 Restarts=0 BatchFlag=1"
+    meanwhile = f'echo "{cancelled}" > "$here/job"; echo N/A > "$here/preempted"'
+    job.fakes.say(requeue="1 slurm_load_jobs error: Unable to contact slurm controller", meanwhile=meanwhile)
+    ended = job.play()
+    assert (ended.code, ended.verdict) == (0, "cancelled: by a person")
+    assert len(job.requeued) == 1
+    assert facts(job.home)["status"] == "cancelled"
+
+
+def test_what_the_setup_sets_does_not_end_the_script(tmp_path):
+    job = Job(tmp_path, setup=("set -euo pipefail",))
+    job.attempt(status="finished")
+    assert job.play().verdict.startswith("finished: ")
+
+
+def test_the_last_words_of_a_rank_that_never_came_to_launcher_main(tmp_path):
+    job = Job(tmp_path)
+    (job.scene.path / "logs").mkdir(parents=True)
+    (job.scene.path / "logs" / "rank-00000.txt").write_text("Traceback:\nModuleNotFoundError: No module named 'mine'\n")
+    assert job.play().verdict == "lost: ModuleNotFoundError: No module named 'mine'"
 
 
 def test_a_requeue_that_is_refused(tmp_path):
