@@ -161,7 +161,6 @@ def launcher(round_: Round) -> str:
     """This project's own command, with this Python."""
     command = [sys.executable, "-m", "launcher", "submit", "--json", "--nodes", 2, "--gpus", 0, "--tasks", 1]
     command += ["--partition", round_.event.partition, "--time", round_.event.minutes]
-    command += ["--signal-lead", LEAD] if round_.event.minutes == 1 else []
     command += [SCRIPTS / "launcher_job.py", "--run.dir", round_.directory / "run", "--run.save-every", 10]
     paths = os.pathsep.join([str(ROOT), str(SCRIPTS)])
     env = round_.env | {"PYTHONPATH": paths}

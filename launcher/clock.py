@@ -6,9 +6,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
+from launcher.errors import LauncherError
+
 __all__ = ["Clock"]
 
 FIRST_SAVE = 60.0  # seconds allowed for a save of which none has been measured
+MARGIN = 20.0  # seconds before a job's end by which its ranks must have ended, as in slurm/job.sh
+ASK = 30.0  # seconds before it would stop a run at which SLURM is asked whether the limit is still that
 
 
 class Clock:
@@ -19,10 +23,19 @@ class Clock:
     """
 
     def __init__(
-        self, environ: Mapping[str, str], *, save_seconds: float | None = None, now: Callable[[], float] = time.time
+        self,
+        environ: Mapping[str, str],
+        *,
+        save_seconds: float | None = None,
+        now: Callable[[], float] = time.time,
+        ask: Callable[[Mapping[str, str]], float | None] | None = None,
     ) -> None:
-        """`save_seconds` is what a save took in an earlier start."""
-        self._now = now
+        """`save_seconds` is what a save took in an earlier start; `ask` finds out when the job ends, by default SLURM.
+
+        The limit of a running job may be raised: it is asked for once more before a stop.
+        """
+        self._now, self._environ = now, environ
+        self._ask: Callable[[Mapping[str, str]], float | None] | None = ask or _job_end
         self._end = _number(environ.get("LAUNCHER_JOB_END")) or math.inf
         self._lead, self._grace = _number(environ.get("LAUNCHER_SIGNAL_LEAD")), _number(environ.get("LAUNCHER_GRACE"))
         self._step = self._evaluation = self._paused = 0.0
@@ -47,6 +60,12 @@ class Clock:
 
     def due(self) -> bool:
         """Whether to stop now."""
+        if self._ask is not None and self.left <= self.need + ASK:
+            end = self._ask(self._environ)
+            if end is not None and end - MARGIN > self._end + 1:
+                self._end = end - MARGIN
+            else:
+                self._ask = None  # once
         return self.left <= self.need
 
     def edge(self, paused: float) -> None:
@@ -77,6 +96,21 @@ class Clock:
                 "trained again, from the last checkpoint"
             )
         return f"to stop and save takes up to {self.need:.0f} s; {'; '.join(short)}" if short else None
+
+
+def _job_end(environ: Mapping[str, str]) -> float | None:
+    """When the job that this process belongs to ends, in seconds since 1970; None where SLURM does not say."""
+    from launcher.slurm import cluster
+
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{environ.get('SLURM_ARRAY_TASK_ID')}" if array else environ.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    try:
+        found = cluster.job(job, patience=10.0)
+    except LauncherError:
+        return None
+    return None if found is None or found.limit is None else found.end
 
 
 def _number(text: str | None) -> float | None:

@@ -104,3 +104,25 @@ def test_too_short_a_lead_is_told_once(time):
     assert time.clock(environ=environ, save_seconds=20).saved(20) is None  # told in an earlier start
     assert time.clock(environ=environ).saved(1) is None
     assert time.clock(environ={"LAUNCHER_SIGNAL_LEAD": "0", "LAUNCHER_GRACE": "0"}).saved(99) is None
+
+
+def test_a_limit_that_was_raised_meanwhile_is_found_out_before_a_stop(time):
+    ends = [1900.0, 1900.0]  # a job that ended at 1620
+    asked = []
+    watch = time.clock(save_seconds=10, ask=lambda environ: asked.append(time.now) or ends.pop(0))
+    time.now = 1540
+    assert not watch.due()
+    assert not asked, "SLURM is left alone until the end is near"
+    time.now = 1590
+    assert not watch.due()
+    assert watch.left == 290
+    time.now = 1875
+    assert watch.due()
+    assert watch.due()
+    assert asked == [1590, 1875]
+
+
+def test_a_limit_that_nobody_tells_stays(time):
+    watch = time.clock(save_seconds=10, ask=lambda environ: None)
+    time.now = 1590
+    assert watch.due()

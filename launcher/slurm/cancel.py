@@ -26,7 +26,7 @@ from launcher.slurm.standing import WAITING, Heard, judge
 __all__ = ["main"]
 
 # The job ended by itself meanwhile; scancel keeps quiet about ESLURM_ALREADY_DONE (2021, of which 229 is left).
-ENDED = ("Invalid job id specified", "already completing or completed", "exit code 229")
+ENDED = ("Invalid job id specified", "already completing or completed", "step not running", "exit code 229")
 
 
 @dataclass

@@ -124,8 +124,8 @@ def environment() -> dict[str, str]:
     return {**ours, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
 
 
-def ask(argv: Sequence[str]) -> str:
-    """What one of SLURM's commands prints.
+def ask(argv: Sequence[str], *, patience: float = PATIENCE) -> str:
+    """What one of SLURM's commands prints; it may take `patience` seconds.
 
     Raises:
         LauncherError: it is not installed, does not answer, or refuses; in its own words.
@@ -135,7 +135,7 @@ def ask(argv: Sequence[str]) -> str:
             argv,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=PATIENCE,
+            timeout=patience,
             env=environment(),
             encoding="utf-8",
             errors="replace",
@@ -146,7 +146,7 @@ def ask(argv: Sequence[str]) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise LauncherError(
-            f"{argv[0]} has not answered for {PATIENCE:.0f} s: is slurmctld up? (scontrol ping)"
+            f"{argv[0]} has not answered for {patience:.0f} s: is slurmctld up? (scontrol ping)"
         ) from None
     if done.returncode:
         words = " ".join(line.partition("error: ")[2] or line for line in done.stderr.splitlines() if line.strip())
@@ -175,12 +175,12 @@ def nodes() -> list[Node]:
 JOB = ("%i", "%A", "%j", "%u", "%P", "%T", "%r", "%D", "%N", "%V", "%S", "%e", "%l", "%Z")
 
 
-def jobs(*ids: str, mine: bool = False) -> list[Job]:
+def jobs(*ids: str, mine: bool = False, patience: float = PATIENCE) -> list[Job]:
     """The jobs of which SLURM still knows, tasks of arrays each; all of them, of `ids`, or this user's own."""
     some = ["-j", ",".join(ids)] if ids else []
     some += ["-u", str(os.getuid())] if mine else []
     try:
-        said = ask(["squeue", "-h", "-r", "-t", "all", *some, "-o", RECORD + UNIT.join(JOB)])
+        said = ask(["squeue", "-h", "-r", "-t", "all", *some, "-o", RECORD + UNIT.join(JOB)], patience=patience)
     except LauncherError as error:
         if ids and "Invalid job id" in str(error):
             return []
@@ -188,9 +188,9 @@ def jobs(*ids: str, mine: bool = False) -> list[Job]:
     return [_job(record.removesuffix("\n").split(UNIT, len(JOB) - 1)) for record in said.split(RECORD)[1:]]
 
 
-def job(id_: str) -> Job | None:
+def job(id_: str, *, patience: float = PATIENCE) -> Job | None:
     """The job (or array's task) with this id; None where SLURM has forgotten it."""
-    found = jobs(id_)
+    found = jobs(id_, patience=patience)
     return next((one for one in found if id_ in (one.id, one.number)), found[0] if found else None)
 
 

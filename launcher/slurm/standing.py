@@ -263,6 +263,9 @@ def _gone(facts: Facts, heard: Heard) -> tuple[str, str]:
     if facts.status == "preempted":
         told = "" if ending in (None, "COMPLETED", "FAILED") else f"the job ended: {ending}"
         return ("lost" if word == "lost" else "preempted"), "; ".join(filter(None, [text or facts.reason, told]))
+    array = id_.partition("_")[0]
+    if ending is None and facts.status == "pending" and any(key.startswith(f"{array}_") for key in heard.jobs):
+        return "cancelled", "by scancel, while it waited"  # SLURM drops such a task while the array's others go on
     if ending is None:
         return "lost", f"SLURM has forgotten the job, run.json says {facts.status or 'nothing'}"
     if facts.status in ("pending", "") and ending in ("COMPLETED", "FAILED"):
