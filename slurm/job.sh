@@ -24,14 +24,31 @@ me=${me:-$SLURM_JOB_ID}                     # of an array's task: the array's id
 say() { echo "launcher: $*"; }
 newest() { ls -- "$run/attempts" 2>/dev/null | sort -n | tail -n 1; }
 saved() { ls -- "$run/checkpoints" 2>/dev/null | grep -x 'step-[0-9]*' | tail -n 1; }   # the newest checkpoint
+idle() { cat -- "$run/slurm/idle" 2>/dev/null || echo 0; }   # starts in a row that left no new one
+count() { echo "$1" > "$run/slurm/.idle" && mv -f -- "$run/slurm/.idle" "$run/slurm/idle"; }
 status() { sed -i "s/^  \"status\": \"[a-z]*\"/  \"status\": \"$1\"/" "$run/run.json"; }
 mkdir -p -- "$run/logs" "$run/slurm"
 exec >> "slurm/$me.out" 2>&1                # where SLURM's own lines are too
 say "$(date '+%F %T') job $me start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
 if grep -qs '^  "status": "finished"' "$run/run.json"; then say "the run has finished before"; exit 0; fi
 if [ -e "$run/slurm/cancelled" ]; then say "the run is cancelled"; exit 0; fi
-if grep -qs '^failed:' "$run/slurm/verdict" && [ -n "@CHAIN@" ]; then say "not tried again: $(<"$run/slurm/verdict")"; exit 1; fi
+if [ -n "@CHAIN@" ] && grep -qs '^failed:' "$run/slurm/verdict"; then
+  say "not tried again: $(<"$run/slurm/verdict")"
+  exit 1
+fi
+if [ "${SLURM_RESTART_COUNT:-0}" != 0 ] && [ ! -e "$run/slurm/verdict" ] &&
+  [ "$(saved)" = "$(cat "$run/slurm/saved" 2>&1)" ]; then   # the start before was gone before it could say so
+  count "$(($(idle) + 1))"
+  if [ "$(idle)" -gt 3 ]; then
+    why="$(idle) starts in a row got nowhere: the last was killed, or its node was lost"
+    say "failed: $why"
+    echo "failed: $why" > "$run/slurm/verdict"
+    status failed
+    exit 1
+  fi
+fi
 rm -f -- "$run/slurm/verdict" "$run/slurm/refused"
+saved > "$run/slurm/saved"
 echo "$(date +%s) $SLURM_JOB_NODELIST" > "$run/slurm/started-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 attempt_before=$(newest) saved_before=$(saved)
 
@@ -99,21 +116,23 @@ if grep -qs '^  "status": "finished"' "$run/run.json"; then verdict=finished why
 elif by_a_person; then verdict=cancelled why="by a person"
 elif grep -qs '^  "retry": false' "$facts/failed"; then verdict=failed why=$failed
 elif [ -e "$run/slurm/refused" ]; then verdict=failed why=$(<"$run/slurm/refused")
-elif grep -qs '^  "status": "preempted"' "$facts"/exit-*.json; then verdict=preempted why="stopped by a signal, or ahead of the time limit"
+elif grep -qs '^  "status": "preempted"' "$facts"/exit-*.json; then
+  verdict=preempted why="stopped by a signal, or ahead of the time limit"
 elif [ -n "$late" ]; then verdict=lost why="the ranks had not stopped 10 s before the time limit"
 else
   # without an attempt python has not come to launcher.main: the last words of a rank say why
-  [ "$facts" != /nonexistent ] || failed=$(tail -qn 1 -- "$run"/logs/* 2>/dev/null | grep -m 1 -e Error -e '^launcher: ')
+  last_words() { tail -qn 1 -- "$run"/logs/* 2>/dev/null | grep -m 1 -e Error -e '^launcher: '; }
+  [ "$facts" != /nonexistent ] || failed=$(last_words)
   verdict=lost why="${failed:-a rank was killed, or could not start (exit code ${code:-none})}"
 fi
 
 # what goes on must get on: a start that has left no new checkpoint got nowhere
 idle=0
 case $verdict in
-  preempted | lost) [ "$(saved)" != "$saved_before" ] || idle=$(($(cat "$run/slurm/idle" 2>/dev/null || echo 0) + 1));;
+  preempted | lost) [ "$(saved)" != "$saved_before" ] || idle=$(($(idle) + 1));;
 esac
 if [ "$idle" -gt 3 ]; then verdict=failed why="$idle starts in a row got nowhere: $why"; fi
-if ! { echo "$idle" > "$run/slurm/.idle" && mv -f -- "$run/slurm/.idle" "$run/slurm/idle"; }; then
+if ! count "$idle"; then
   verdict=failed why="$run/slurm cannot be written: $why"   # uncounted, it might go on like this for ever
 fi
 case $verdict in preempted | lost) [ "@REQUEUE@" = yes ] || why="$why; no requeue was asked for: launcher resume";; esac

@@ -427,6 +427,29 @@ def test_progress_is_counted_from_the_last(tmp_path):
     assert (job.home / "slurm/idle").read_text() == "1\n"
 
 
+def test_starts_that_go_down_with_their_node_are_counted_by_the_next(tmp_path):
+    job = Job(tmp_path)
+    (job.run.path / "slurm" / "saved").write_text("step-00000005\n")
+    (job.run.path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (job.run.path / "slurm" / "idle").write_text("2\n")
+    job.restarts = 1  # and no verdict of the start before
+    job.attempt(status="finished")
+    assert job.play().verdict.startswith("finished: ")
+    (job.scene.path / "run.json").unlink()
+    job.run.update(status="running")
+    (job.run.path / "slurm" / "verdict").unlink()
+    (job.run.path / "slurm" / "idle").write_text("3\n")
+    (job.fakes.path / "ran").unlink()
+    ended = job.play()
+    assert ended.verdict == "failed: 4 starts in a row got nowhere: the last was killed, or its node was lost"
+    assert (ended.code, job.ran, facts(job.home)["status"]) == (1, False, "failed")
+    job.run.update(status="running")
+    (job.run.path / "slurm" / "verdict").unlink()
+    (job.run.path / "checkpoints" / "step-00000010").mkdir()  # it had saved before it went down
+    job.attempt(status="finished")
+    assert job.play().verdict.startswith("finished: ")
+
+
 def test_starts_that_cannot_be_counted_are_not_repeated(tmp_path):
     job = Job(tmp_path)
     job.attempt()
