@@ -10,8 +10,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import LauncherError, UsageError
 from launcher.parser import Parser
@@ -38,7 +39,18 @@ from launcher.slurm.script import shipped
 
 __all__ = ["resume", "submit"]
 
-OF_ONE_RUN = ("array", "sweep", "chain", "after")
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for, read and rehearsed."""
+
+    order: Order
+    recipe: Path
+    directory: str | None
+    """What it calls the run directory; None: a fresh one."""
+    modules: Modules
+    grid: list[dict[str, str]]
+    """Of a sweep, the options of each point."""
 
 
 def submit(argv: Sequence[str]) -> int:
@@ -49,40 +61,22 @@ def submit(argv: Sequence[str]) -> int:
     given, (name, *options) = split(argv, parser, what="RECIPE")
     if {"--help", "-h"} & {*options}:
         return subprocess.run([given["python"] or sys.executable, str(_recipe(name)), "--help"]).returncode
-    dry_run, as_json, unchecked = given.pop("dry_run"), given.pop("json"), given.pop("no_check")
-    site = read_site(given.pop("cluster"), shipped() / "clusters")
-    request = _anywhere(read_flags(given, site))
-    recipe = _recipe(name)
-    grid = sweep.grid(request.sweep) if request.sweep is not None else []
-    asked = [[*options, *sweep.options(point)] for point in grid] or [options]
-    environment = dict(site.environment or {})
-    if unchecked:
-        answers, modules = [Answer({}, _own(argv)[1], recipe.stem, argv) for argv in asked], Modules((), {})
-    else:
-        answers, modules = _rehearsed(request, recipe, asked, environment)
-    common, directory = _own(answers[0].argv[: len(options)])
-    indices, limit = sweep.indices(request.array) if request.array is not None else (list(range(len(grid))), None)
-    points = {index: answers[index].argv[len(options) :] if grid else [] for index in indices}
-    request = replace(request, parallel=limit) if limit is not None else request
-    order = Order(
-        *(request, str(recipe), common, answers[0].name, os.getcwd(), site.name),
-        *(environment, points, Code(str(recipe))),
-    )
+    dry_run, as_json = given.pop("dry_run"), given.pop("json")
+    asked = _asked(given, _recipe(name), options)
     here = shutil.which("scontrol") is not None or not dry_run
     if not here:
         print("launcher: there is no SLURM here: the request is not checked against a cluster", file=sys.stderr)
-    settled = settle(order, here=here)
-    directory = answers[0].dir or directory
-    draft = Path(directory or f"runs/{order.name}-MMDD-HHMM-xyz").expanduser().absolute()
+    settled, tasks = settle(asked.order, here=here), tuple(asked.order.points)
+    draft = Path(asked.directory or f"runs/{asked.order.name}-MMDD-HHMM-xyz").expanduser().absolute()
     if here:
-        try_out(settled, draft, tuple(points))
+        try_out(settled, draft, tasks)
     if dry_run:
-        _show(settled, draft, tuple(points))
+        _show(settled, draft, tasks)
         return 0
     missing = [place for place in (draft, *draft.parents) if not place.exists()]
-    path = _directory(settled, directory)
+    path = _directory(settled, asked.directory)
     try:
-        jobs = _write_and_queue(settled, path, recipe, modules, grid)
+        jobs = _write_and_queue(settled, path, asked)
     except UnansweredError:
         raise
     except BaseException:
@@ -116,15 +110,10 @@ def resume(argv: Sequence[str]) -> int:
     tasks = _unfinished(path) if before.points else ()
     _refuse_finished(path, order, options)
     free(path)
-    recipe, modules = _recipe(before.recipe) if new_code else Path(before.code.recipe), Modules((), {})
+    recipe = _recipe(before.recipe) if new_code else Path(before.code.recipe)
     if not recipe.is_file():
         raise UsageError(f"{recipe}, the copy of the code, is gone: --new-code takes it from {before.recipe} again")
-    if new_code or options:
-        asked = [[*order.arguments, *point] for point in order.points.values()] or [[*order.arguments]]
-        asked = asked if order.points else [[*asked[0], "--run.dir", str(path)]]
-        path_of_code = {"PYTHONPATH": ":".join([*before.code.path, *filter(None, [os.environ.get("PYTHONPATH")])])}
-        environment = before.environment if new_code else {**before.environment, **path_of_code}
-        _, modules = _rehearsed(request, recipe, asked, environment)
+    modules = _rehearsed_again(order, path, recipe, new_code) if new_code or options else Modules((), {})
     settled = settle(order)
     try_out(settled, path, tasks)
     if dry_run:
@@ -135,6 +124,36 @@ def resume(argv: Sequence[str]) -> int:
     settled = replace(settled, order=replace(settled.order, arguments=_with_config(settled.order, path)))
     _tell(path, queue(settled, path, tasks), as_json)
     return 0
+
+
+def _asked(given: dict[str, Any], recipe: Path, options: list[str]) -> Asked:
+    """What flags and a recipe's options come to."""
+    unchecked, site = given.pop("no_check"), read_site(given.pop("cluster"), shipped() / "clusters")
+    request = _anywhere(read_flags(given, site))
+    grid = sweep.grid(request.sweep) if request.sweep is not None else []
+    argvs = [[*options, *sweep.options(point)] for point in grid] or [options]
+    environment = dict(site.environment or {})
+    if unchecked:
+        answers, modules = [Answer({}, _own(argv)[1], recipe.stem, argv) for argv in argvs], Modules((), {})
+    else:
+        answers, modules = _rehearsed(request, recipe, argvs, environment)
+    common, directory = _own(answers[0].argv[: len(options)])
+    indices, limit = sweep.indices(request.array) if request.array is not None else (list(range(len(grid))), None)
+    points = {index: answers[index].argv[len(options) :] if grid else [] for index in indices}
+    order = Order(
+        replace(request, parallel=limit) if limit is not None else request,
+        *(str(recipe), common, answers[0].name, os.getcwd(), site.name, environment, points, Code(str(recipe))),
+    )
+    return Asked(order, recipe, answers[0].dir or directory, modules, grid)
+
+
+def _rehearsed_again(order: Order, path: Path, recipe: Path, new_code: bool) -> Modules:
+    """Let the recipe say whether the run may go on with its options; with the code that it has, if that is not new."""
+    argvs = [[*order.arguments, *point] for point in order.points.values()]
+    argvs = argvs or [[*order.arguments, "--run.dir", str(path)]]
+    code = {"PYTHONPATH": ":".join([*order.code.path, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = order.environment if new_code else {**order.environment, **code}
+    return _rehearsed(order.request, recipe, argvs, environment)[1]
 
 
 def _parser(command: str, behind: str, said: str) -> Parser:
@@ -203,10 +222,8 @@ def _directory(settled: Settled, given: str | None) -> Path:
     return rundir.path
 
 
-def _write_and_queue(
-    settled: Settled, path: Path, recipe: Path, modules: Modules, grid: list[dict[str, str]]
-) -> list[str]:
-    code, copy = copy_code(path, recipe, modules)
+def _write_and_queue(settled: Settled, path: Path, asked: Asked) -> list[str]:
+    code, copy = copy_code(path, asked.recipe, asked.modules)
     if copy.left_out:
         listed = "\n".join(f"  {printable(name)}" for name in copy.left_out[:10])
         more = f"\n  and {len(copy.left_out) - 10} more" if len(copy.left_out) > 10 else ""
@@ -217,8 +234,8 @@ def _write_and_queue(
     for task in tasks:
         (path / f"{task:05d}" / "slurm").mkdir(mode=0o700, parents=True)
     if tasks:
-        parameters = list(grid[0]) if grid else []
-        named = {f"{task:05d}": grid[task] if grid else {} for task in tasks}
+        parameters = list(asked.grid[0]) if asked.grid else []
+        named = {f"{task:05d}": asked.grid[task] if asked.grid else {} for task in tasks}
         (path / "slurm" / "sweep.json").write_text(
             json.dumps({"parameters": parameters, "points": named}, indent=2) + "\n"
         )
