@@ -6,6 +6,7 @@
 # it decides, from what they wrote down, whether the job is to be requeued. `launcher resume` submits it again.
 
 cd -- @HOME@ || exit 1
+home=$PWD
 
 # the run directory; where it was submitted, which relative paths mean; the line that one can paste
 run=@RUN@
@@ -28,7 +29,7 @@ idle() { cat -- "$run/slurm/idle" 2>/dev/null || echo 0; }   # starts in a row t
 count() { echo "$1" > "$run/slurm/.idle" && mv -f -- "$run/slurm/.idle" "$run/slurm/idle"; }
 status() { sed -i "s/^  \"status\": \"[a-z]*\"/  \"status\": \"$1\"/" "$run/run.json"; }
 mkdir -p -- "$run/logs" "$run/slurm"
-exec >> "slurm/$me.out" 2>&1                # where SLURM's own lines are too
+exec >> "$home/slurm/$me.out" 2>&1                # where SLURM's own lines are too
 say "$(date '+%F %T') job $me start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $run"
 if grep -qs '^  "status": "finished"' "$run/run.json"; then say "the run has finished before"; exit 0; fi
 if [ -e "$run/slurm/cancelled" ]; then say "the run is cancelled"; exit 0; fi
@@ -74,10 +75,11 @@ end=$(ends)
 late=''
 trap : TERM USR2                            # a preemption, scancel: the ranks stop by themselves
 trap 'late=1' USR1                          # from below: they have not, and the limit is near
-keep_time() {                               # the limit may be changed meanwhile
-  local left now
+keep_time() {                               # the limit may be changed meanwhile; no `sleep`, which would be left behind
+  local left now never
+  exec {never}<> <(:)
   while left=$((end - $(date +%s) - 10)) && [ "$left" -gt 0 ]; do
-    sleep "$left"
+    read -r -t "$left" -u "$never" || [ $? -gt 128 ] || sleep "$left"
     now=$(ends)
     end=${now:-$end}
   done
@@ -149,6 +151,7 @@ status preempted
 # ---- requeue: the last thing, because SLURM then ends all that is here ----
 trap '' TERM                                # scontrol inherits it, and lives to tell
 while look; do                              # asked now, SLURM would revive what a person cancels meanwhile
+  if [ -z "$slurm" ]; then sleep 5; continue; fi
   if ending && again; then exit 0; fi
   if by_a_person; then status cancelled; echo "cancelled: by a person" > "$run/slurm/verdict"; exit 0; fi
   said=$(scontrol requeue "$me" 2>&1) && break

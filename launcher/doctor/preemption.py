@@ -82,8 +82,9 @@ def _rule(rule: Rule, names: str, kill_wait: int, measured: Measured) -> Finding
     if rule.mode == "CANCEL":
         return warning(
             "preemption",
-            f"{names}: a preempted job is cancelled, and not requeued by SLURM (PreemptMode=CANCEL)",
-            "submit with --chain N: the next job of the chain goes on; or ask for PreemptMode=REQUEUE",
+            f"{names}: a preempted job is cancelled, and not requeued by SLURM (PreemptMode=CANCEL): it has to save "
+            "and requeue itself within KillWait",
+            "submit with --chain N as well, where a save takes longer; or ask for PreemptMode=REQUEUE",
         )
     if rule.mode == "SUSPEND":
         return warning(

@@ -71,7 +71,7 @@ def submit(argv: Sequence[str]) -> int:
     if here:
         try_out(settled, draft, tasks)
     if dry_run:
-        _show(settled, draft, tasks)
+        _show(settled, draft, tasks, as_json)
         return 0
     missing = [place for place in (draft, *draft.parents) if not place.exists()]
     path = _directory(settled, asked.directory)
@@ -117,7 +117,7 @@ def resume(argv: Sequence[str]) -> int:
     settled = settle(order)
     try_out(settled, path, tasks)
     if dry_run:
-        _show(settled, path, tasks)
+        _show(settled, path, tasks, as_json)
         return 0
     if new_code:
         settled = replace(settled, order=replace(settled.order, code=copy_code(path, recipe, modules)[0]))
@@ -280,10 +280,13 @@ def _refuse_finished(path: Path, order: Order, options: Sequence[str]) -> None:
         raise UsageError(f"{path}: the run has finished: launcher resume {near} --steps N goes on")
 
 
-def _show(settled: Settled, path: Path, tasks: Sequence[int]) -> None:
+def _show(settled: Settled, path: Path, tasks: Sequence[int], as_json: bool) -> None:
     """What `--dry-run` prints; the code would be copied, and stands there where it is."""
-    text = settled.text(path)
-    print(f"+ {shlex.join(sbatch(settled, path, tasks))}", file=sys.stderr)
+    text, line = settled.text(path), sbatch(settled, path, tasks)
+    if as_json:
+        print_json({"sbatch": line, "script": text})
+        return
+    print(f"+ {shlex.join(line)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(text))
 

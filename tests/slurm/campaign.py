@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import machine
 from tests.harness import Ranks, status
 from tests.slurm.lab import Lab, why_not
-from tests.slurm.rounds import KINDS, Round, straight
+from tests.slurm.rounds import KINDS, Round, left_behind, straight
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SETTINGS = {
@@ -103,10 +103,12 @@ class Campaign:
             begun = time.monotonic()
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 outcomes = list(pool.map(lambda one: one.start(), rounds)) and self._strike(pool, rounds, kind)
+            left = left_behind(lab)
             for one, seed, outcome in zip(rounds, seeds, outcomes, strict=True):
                 if "missed" in outcome:
                     continue
                 facts = {"setting": setting, "kind": kind, "seed": seed, **outcome}
+                facts |= {"held": False, "left": left} if left else {}
                 facts["seconds"] = round(time.monotonic() - begun, 1)
                 self.failed |= not facts["held"]
                 self.results["rounds"].append(facts)

@@ -169,6 +169,16 @@ class Round:
         return [pid for pid, line in found if str(self.path) in line and "python" in line.split(" ", 1)[0]]
 
 
+def left_behind(lab: Lab) -> list[str]:
+    """What ended jobs have left running on the nodes; their scripts get a moment to end."""
+    deadline = time.monotonic() + 15
+    while left := [line for node in lab.nodes for _, line in lab.processes(node)]:
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)  # polling processes
+    return []
+
+
 def straight(start: Callable[..., Any], path: Path, steps: int = STEPS) -> Path:
     """The run that nothing happens to: two processes on this machine."""
     start(2, RECIPE, "--steps", steps, *OPTIONS, "--run.dir", path).ok()

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.harness import tensors
-from tests.slurm.rounds import LONG, STEPS, Round, straight
+from tests.slurm.rounds import LONG, STEPS, Round, left_behind, straight
 
 TOGETHER = (
     *("time limit", "scontrol requeue", "scontrol requeue before the first step", "SIGKILL of a rank"),
@@ -18,7 +18,9 @@ HARMLESS = ("slurmctld restart", "drain")
 def play(lab, path, names):
     """Rounds that do not disturb each other, at once: most of a round is waiting."""
     with ThreadPoolExecutor(len(names)) as pool:
-        return list(pool.map(lambda name: Round(lab, path / name.replace(" ", "-"), name).play(), names))
+        rounds = list(pool.map(lambda name: Round(lab, path / name.replace(" ", "-"), name).play(), names))
+    assert not left_behind(lab)
+    return rounds
 
 
 @pytest.mark.timeout(400)

@@ -362,7 +362,6 @@ def test_cancelled_by_its_marker(tmp_path):
         ("JobState=TIMEOUT Reason=TimeLimit Restarts=0", "N/A", "preempted", True),
         ("JobState=COMPLETING Reason=BeginTime Restarts=1", "N/A", "preempted", False),  # SLURM has requeued it itself
         ("JobState=RUNNING Reason=None Restarts=0", "N/A", "preempted", True),  # a node is drained, a person's kill
-        ("", "N/A", "preempted", True),  # slurmctld does not answer
     ],
 )
 def test_who_has_ended_it(tmp_path, state, preempted, verdict, asks):
@@ -370,11 +369,26 @@ def test_who_has_ended_it(tmp_path, state, preempted, verdict, asks):
     number = job.attempt(status="preempted")
     job.scene.record_step(number, 5)
     job.scene.record_exit(number, rank=0, status="preempted", step=5)
-    job.fakes.say(job=f"JobId=55 JobName=x {state} BatchFlag=1" if state else "", preempted=preempted)
+    job.fakes.say(job=f"JobId=55 JobName=x {state} BatchFlag=1", preempted=preempted)
     ended = job.play()
     assert ended.verdict.startswith(f"{verdict}: "), ended.output
     assert bool(job.requeued) == asks
     assert facts(job.home)["status"] == verdict
+
+
+def test_waits_for_a_controller_that_is_away(tmp_path):
+    job = Job(tmp_path)
+    said = (job.fakes.path / "job").read_text()
+    job.fakes.say(job=None)
+    process = job.begin()
+    deadline = time.monotonic() + 20
+    while len(job.fakes.calls("scontrol")) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)  # polling what the fake writes
+    assert not job.requeued
+    (job.fakes.path / "there").write_text(said)
+    (job.fakes.path / "there").rename(job.fakes.path / "job")
+    assert job.end(process).verdict.startswith("lost: ")
+    assert job.requeued == ["55"]
 
 
 def test_lost(tmp_path):
