@@ -6,7 +6,7 @@ READY := .venv/ready
 # every GPU there is (for the launcher, those in /dev); without one, two processes on the CPU
 DEVICES := $(if $(wildcard /dev/nvidia[0-9]*),,--nproc 2)
 
-.PHONY: venv demo test check slurm-test bench
+.PHONY: venv demo test check slurm-test slurm-campaign bench
 
 venv: $(READY)
 
@@ -33,6 +33,10 @@ test: check
 # on a SLURM cluster of its own, which it starts on this machine: needs root and Linux namespaces
 slurm-test: venv
 	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
+
+# every kind of failure, many times, under four settings of a site: hours
+slurm-campaign: venv
+	$(BIN)/python -m tests.slurm.campaign
 
 bench: venv
 	$(BIN)/python benchmarks/overhead.py
