@@ -10,11 +10,13 @@ import launcher
 def train(run: launcher.Run) -> None:
     model = run.build(lambda: torch.nn.Linear(2, 1))
     optimizer = run.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-    for step in run.steps(total=3):
+    rows = run.loader((torch.ones(4, 2),), batch_size=2)
+    for step in run.steps(rows, total=3):
         if step.index:
             print("stuck now", flush=True)
             time.sleep(600)
-        step.backward(model(torch.ones(1, 2)).sum(), 1)
+        for (x,) in step:
+            step.backward(model(x).sum())
         optimizer.step()
         optimizer.zero_grad()
 

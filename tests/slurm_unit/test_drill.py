@@ -414,10 +414,10 @@ def test_a_dry_run_sends_nothing(fake, capsys):
 def test_a_job_that_ends_is_not_waited_for(fake, capsys, monkeypatch):
     send = command.cluster.ask
 
-    def ask(argv):
+    def ask(argv, **settings):
         if argv[0] == "scancel":
             fake.says("COMPLETED")
-        return send(argv)
+        return send(argv, **settings)
 
     monkeypatch.setattr(command.cluster, "ask", ask)
     assert command.main([str(fake.run.path)]) == 1

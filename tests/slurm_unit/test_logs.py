@@ -117,7 +117,9 @@ class Follower:
     """A `launcher logs -f` that runs."""
 
     def __init__(self, directory: Path, *argv: str) -> None:
-        code = "import sys; from launcher.slurm import logs; sys.exit(logs.main(sys.argv[1:]))"
+        # a shell's background jobs, and what they start, ignore SIGINT
+        code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        code += "from launcher.slurm import logs; sys.exit(logs.main(sys.argv[1:]))"
         self.out = directory / "followed"
         with open(self.out, "wb") as out:
             command = [sys.executable, "-c", code, "-f", *argv]
