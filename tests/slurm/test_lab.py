@@ -1,4 +1,4 @@
-"""The cluster itself: what the other tests take for granted."""
+"""The cluster itself: what the other tests take for granted; by hand, as those would fail without it."""
 
 import os
 import subprocess
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.lab import SCRIPT, Lab
+
+pytestmark = pytest.mark.slow
 
 
 def commands(lab, node):

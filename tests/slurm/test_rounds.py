@@ -11,7 +11,7 @@ TOGETHER = (
     *("time limit", "scontrol requeue", "scontrol requeue before the first step", "SIGKILL of a rank"),
     *("hardware error", "scancel", "code error", "finished"),
 )
-ALONE = ("preemption", "preemption with grace", "preemption that cancels", "node crash")
+ALONE = ("preemption", "preemption with grace", "node crash")
 HARMLESS = ("slurmctld restart", "drain")
 
 
@@ -33,7 +33,12 @@ def test_each_goes_on_or_ends_as_it_should(lab, tmp_path, start):
     assert tensors(rounds[TOGETHER.index("scancel")].path)  # it has saved before it left
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in ALONE), HARMLESS], ids=lambda names: " and ".join(names))
+LONG_ONES = [pytest.param((name,), marks=pytest.mark.slow) for name in ("preemption that cancels",)]
+
+
+@pytest.mark.parametrize(
+    "names", [*((name,) for name in ALONE), HARMLESS, *LONG_ONES], ids=lambda names: " and ".join(names)
+)
 def test_goes_on_from_its_last_agreed_step(lab, tmp_path, start, names):
     rounds = play(lab, tmp_path, names)
     expected = straight(start, tmp_path / "straight")
