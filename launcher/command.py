@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.errors import UsageError
 
-__all__ = ["Command", "local_command", "visible_gpus"]
+__all__ = ["Command", "check_recipe", "local_command", "visible_gpus"]
 
 DEVICES = Path("/dev")
 
@@ -58,7 +58,7 @@ def local_command(
     Raises:
         UsageError: the recipe is no Python file, or there are not as many GPUs.
     """
-    _check_recipe(recipe)
+    check_recipe(recipe)
     if gpus is not None and gpus > visible:
         raise UsageError(f"--gpus {gpus}: this machine shows {visible} (--nproc {gpus} runs CPU processes)")
     on_cpu = nproc is not None or gpus == 0
@@ -95,7 +95,12 @@ def _accelerate() -> list[str]:
     return [str(script), "launch"] if script.is_file() else [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def _check_recipe(recipe: str) -> None:
+def check_recipe(recipe: str) -> None:
+    """Refuse what is no recipe's path.
+
+    Raises:
+        UsageError: there is no such file, or it is no Python file.
+    """
     path = Path(recipe)
     if path.is_dir():
         raise UsageError(f"{recipe} is a directory: name the recipe's file")

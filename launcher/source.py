@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-__all__ = ["code_patch", "describe_code", "strip_credentials"]
+__all__ = ["code_patch", "describe_code", "git", "strip_credentials"]
 
 PATCH_LIMIT = 10 * 2**20  # bytes: more than this is data that got into the working tree
 TIMEOUT = 20.0  # seconds: a start does not wait longer for a slow filesystem
@@ -17,14 +17,14 @@ TIMEOUT = 20.0  # seconds: a start does not wait longer for a slow filesystem
 
 def describe_code(directory: Path) -> dict[str, Any] | None:
     """Commit, branch, remote and whether tracked files are changed; None where `directory` is in no git repository."""
-    commit = _git(directory, "rev-parse", "HEAD")
+    commit = git(directory, "rev-parse", "HEAD")
     if commit is None:
         return None
-    remote = _git(directory, "remote", "get-url", "origin") or b""
+    remote = git(directory, "remote", "get-url", "origin") or b""
     return {
         "commit": _line(commit),
-        "branch": _line(_git(directory, "rev-parse", "--abbrev-ref", "HEAD") or b""),
-        "dirty": bool(_git(directory, "status", "--porcelain", "--untracked-files=no")),
+        "branch": _line(git(directory, "rev-parse", "--abbrev-ref", "HEAD") or b""),
+        "dirty": bool(git(directory, "status", "--porcelain", "--untracked-files=no")),
         "remote": strip_credentials(_line(remote)) or None,
     }
 
@@ -33,7 +33,7 @@ def code_patch(directory: Path) -> bytes | None:
     """The changes to tracked files since the commit, for `git apply`; empty without any; None without a repository."""
     plain = ("-c", "diff.relative=false", "-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false")
     diff = ("diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--no-textconv")
-    patch = _git(directory, *plain, *diff, limit=PATCH_LIMIT + 1)
+    patch = git(directory, *plain, *diff, limit=PATCH_LIMIT + 1)
     if patch is None or len(patch) <= PATCH_LIMIT:
         return patch
     return f"# Not kept: the uncommitted changes are more than {PATCH_LIMIT} bytes.\n".encode()
@@ -44,17 +44,19 @@ def strip_credentials(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s@]+(?:@[^/\s@]+)*@", "", text)
 
 
-def _git(directory: Path, *arguments: str, limit: int = -1) -> bytes | None:
+def git(directory: Path, *arguments: str, limit: int = -1, timeout: float = TIMEOUT) -> bytes | None:
     """What git prints, at most `limit` bytes; None where there is no git, no repository, no commit, or no answer."""
     command = ["git", "-C", str(directory), *arguments]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}  # someone may be committing in there
+    others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of the hook that this may run in
+    environment = {key: value for key, value in os.environ.items() if key not in others}
+    environment |= {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}  # someone may be committing in there
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
     except OSError:
         return None
-    too_slow = threading.Timer(TIMEOUT, process.kill)
+    too_slow = threading.Timer(timeout, process.kill)
     too_slow.start()
     with process:
         assert process.stdout is not None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import LauncherError
+from launcher.source import git
 
 __all__ = ["Snapshot", "take"]
 
 FILE_LIMIT = 10 * 2**20  # bytes: a larger file is data or a model, which options name by their path
 LIMIT = 200 * 2**20  # bytes, of all files
+SLOW = 120.0  # seconds that git may take to list a large repository
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,12 @@ def _copy(path: Path, copy: Path, source: Path) -> None:
 
 
 def _repository(directory: Path) -> Path | None:
-    top = _git(directory, "rev-parse", "--show-toplevel")
+    top = git(directory, "rev-parse", "--show-toplevel")
     return None if not top else Path(os.fsdecode(top.removesuffix(b"\n")))
 
 
 def _listed(source: Path) -> list[str]:
-    said = _git(source, "ls-files", "-co", "--exclude-standard", "-z") or b""
+    said = git(source, "ls-files", "-co", "--exclude-standard", "-z", timeout=SLOW) or b""
     return sorted({os.fsdecode(name).rstrip("/") for name in said.split(b"\0") if name})
 
 
@@ -140,15 +141,3 @@ def _python_files(directory: Path) -> Sequence[str]:
                 "in a repository, or in a directory of its own"
             )
     return found
-
-
-def _git(directory: Path, *arguments: str) -> bytes | None:
-    command = ["git", "-C", str(directory), *arguments]
-    others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of the hook that this may run in
-    environment = {key: value for key, value in os.environ.items() if key not in others}
-    environment |= {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=120)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.command import check_recipe
 from launcher.errors import LauncherError, UsageError
 from launcher.parser import Parser
 from launcher.rundir import RunDir
@@ -176,14 +177,8 @@ def _anywhere(request: Request) -> Request:
 
 
 def _recipe(name: str) -> Path:
-    path = Path(name).absolute()
-    if path.is_dir():
-        raise UsageError(f"{name} is a directory: name the recipe's file")
-    if not path.is_file():
-        raise UsageError(f"{name}: there is no such recipe")
-    if path.suffix != ".py":
-        raise UsageError(f"{name} is no Python file: a recipe's name ends in .py")
-    return path
+    check_recipe(name)
+    return Path(name).absolute()
 
 
 def _rehearsed(
