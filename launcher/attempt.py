@@ -30,7 +30,7 @@ from launcher.world import World, connect, disconnect
 if TYPE_CHECKING:
     from launcher.run import Run
 
-__all__ = ["main"]
+__all__ = ["Attempt", "conduct", "main"]
 
 C = TypeVar("C")
 
@@ -43,7 +43,11 @@ def main(train: Callable[[Run, C], None] | Callable[[Run], None]) -> None:
     exits with 0, a usage error with 2, any other failure with 1. In a single process an exception of the recipe's own
     passes through, so that a debugger finds it.
     """
-    attempt = Attempt()
+    conduct(Attempt(), train)
+
+
+def conduct(attempt: Attempt, train: Callable[..., None]) -> None:
+    """`main`, with an attempt that is given."""
     try:
         attempt.start(train)
         attempt.train()
@@ -72,7 +76,9 @@ def main(train: Callable[[Run, C], None] | Callable[[Run], None]) -> None:
 class Attempt:
     """One start of a run, from the command line to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_run: Callable[..., Run] | None = None) -> None:
+        """`make_run` makes the run; None: `Run` does."""
+        self._make_run = make_run
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.world = World(rank=rank, world_size=world_size)  # as announced; the real one once connected
         self.rundir: RunDir | None = None
@@ -102,7 +108,8 @@ class Attempt:
         self.rundir, self.number = self._open(options, settings, recipe)
         from launcher.run import Run
 
-        self.run = Run(options, settings, self.world, accelerator, self.rundir, self.number, self.signals)
+        make_run = self._make_run or Run
+        self.run = make_run(options, settings, self.world, accelerator, self.rundir, self.number, self.signals)
         arguments = (self.run,) if config_type is None else (self.run, config)
         self._train: Callable[[], None] = lambda: train(*arguments)
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "cancel": "end runs, with a checkpoint",
     "resume": "queue a run's job again",
     "drill": "a real preemption of a running job, timed",
+    "check": "prove a recipe distributed-correct",
     "doctor": "can this machine or cluster do it",
     "ckpt": "look at checkpoints, compare, export, import and prune them",
 }
@@ -34,6 +35,7 @@ FUNCTIONS = {
     "cancel": "launcher.slurm.cancel:main",
     "resume": "launcher.slurm.submit:resume",
     "drill": "launcher.slurm.drill:main",
+    "check": "launcher.check.command:main",
     "doctor": "launcher.doctor.command:main",
     "ckpt": "launcher.ckpt:main",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, Generic
 
 import torch
@@ -65,6 +66,17 @@ class Loader(Generic[B]):
             raise TypeError(f"loader {self.name!r} reads a stream, whose length nobody knows")
         return self.order.size
 
+    def head(self, size: int) -> Loader[B]:
+        """A loader of the first samples alone, `size` at most, in their order; of a stream, itself."""
+        if self.order is None or self.order.size <= size:
+            return self
+        head = copy(self)
+        head.order = Order(size, self.order.seed, shuffle=False)
+        head.microbatch_size = min(self.microbatch_size, size)
+        head._fetch = self._fetch.ordered(head.order)
+        head._repeated = None
+        return head
+
     def batches(self, slots: Iterable[Slot], world: World, cursor: Any = None) -> Iterator[tuple[Slot, Any, Any]]:
         """The host batch of every slot, in order, with the stream's cursor after it; ends where a stream ends."""
         if self.stream is not None:
@@ -102,6 +114,12 @@ class Fetch(Dataset[Any]):
     def __init__(self, data: Any, order: Order, seed: int, collate: Callable[[list[Any]], Any] | None) -> None:
         self._order, self._seed = order, seed
         self._read, self._draws = _reader(data, collate)
+
+    def ordered(self, order: Order) -> Fetch:
+        """The same in another order."""
+        other = copy(self)
+        other._order = order
+        return other
 
     def __getitem__(self, slot: Slot) -> Any:
         """The collated micro-batch of a slot."""

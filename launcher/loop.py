@@ -163,7 +163,7 @@ class Loop:
         counted = iter(ballot.counts)
         for name, loader in self._loaders.items():
             self.counts[name] = self._plans[name].size(index) if loader.count is None else next(counted)
-        self._step = Step(self, index)
+        self._step = self.run.step_type(self, index)
         return self._step
 
     def _end(self, index: int) -> None:

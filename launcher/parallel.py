@@ -180,7 +180,8 @@ def _replicate(model: nn.Module, world: World, *, unused: bool) -> Replica:
     """Wrap in DDP, and settle its buckets.
 
     DDP re-orders its buckets after the first backward, so that the first step after a resume would sum in another
-    order than the same step of the straight run. A backward over the bare parameters makes it do so now.
+    order than the same step of the straight run. A backward over the bare parameters makes it do so now. With
+    find_unused_parameters DDP keeps its buckets as they are.
     """
     replica = Replica(
         model,
@@ -189,6 +190,8 @@ def _replicate(model: nn.Module, world: World, *, unused: bool) -> Replica:
         find_unused_parameters=unused,
     )
     replica.broadcast_buffers = False  # rank 0's are the ones that count: saved, and broadcast before an evaluation
+    if unused:
+        return replica
     replica.reducer.prepare_for_backward([])
     zeros = [(parameter * 0).sum() for parameter in model.parameters() if parameter.requires_grad]
     torch.stack(zeros).sum().backward()

@@ -46,6 +46,8 @@ B = TypeVar("B", default=Any)
 class Run:
     """One attempt at a run: the world it has, what the recipe registered, and how far it is."""
 
+    step_type: type[Step] = Step
+
     def __init__(
         self,
         config: RunConfig,

@@ -30,14 +30,14 @@ class Stream:
     """Micro-batches of `size` samples from an iterable dataset."""
 
     def __init__(self, data: Any, size: int, collate: Callable[[list[Any]], Any]) -> None:
-        self._data, self._size, self._collate = data, size, collate
+        self.data, self.size, self._collate = data, size, collate
 
     def caveats(self) -> list[str]:
         """What a resume of this stream cannot restore exactly, to be said at the start and kept in checkpoints."""
         said = ["its order depends on the world size: a resume needs the same number of ranks"]
         if not self._has_cursor:
             said.append("it has no state_dict: a resume reads it again from the front up to where it was")
-        if _shuffles(self._data):
+        if _shuffles(self.data):
             said.append(
                 "its shuffle buffer is not saved: a resume loses what was in it (some samples lost, some repeated)"
             )
@@ -64,7 +64,7 @@ class Stream:
 
     @property
     def _has_cursor(self) -> bool:
-        return hasattr(self._data, "state_dict") and hasattr(self._data, "load_state_dict")
+        return hasattr(self.data, "state_dict") and hasattr(self.data, "load_state_dict")
 
     def read(self, rank: int, world_size: int, cursor: Any) -> Iterator[tuple[Any, Any]]:
         """Micro-batches of this rank's part, each with the cursor after it."""
@@ -80,24 +80,24 @@ class Stream:
         if cursor is not None and cursor["state"] is None:
             for _ in islice(samples, seen):
                 pass
-        while len(batch := list(islice(samples, self._size))) == self._size:
-            seen += self._size
+        while len(batch := list(islice(samples, self.size))) == self.size:
+            seen += self.size
             yield self._collate(batch), {"samples": seen, "state": data.state_dict() if self._has_cursor else None}
 
     def _part(self, rank: int, world_size: int) -> tuple[Any, tuple[int, None, int] | None]:
         """The dataset that this rank reads, and how it must still be sliced."""
         if world_size == 1:
-            return self._data, None
-        if type(self._data).__module__.startswith("datasets."):
+            return self.data, None
+        if type(self.data).__module__.startswith("datasets."):
             from datasets.distributed import split_dataset_by_node
 
-            return split_dataset_by_node(self._data, rank, world_size), None
+            return split_dataset_by_node(self.data, rank, world_size), None
         if self._has_cursor:
             raise UsageError(
-                f"{type(self._data).__name__} has its own state and cannot be dealt out to {world_size} ranks here: "
+                f"{type(self.data).__name__} has its own state and cannot be dealt out to {world_size} ranks here: "
                 "give a datasets.IterableDataset, or one without state_dict"
             )
-        return self._data, (rank, None, world_size)
+        return self.data, (rank, None, world_size)
 
 
 class _Reader(IterableDataset[Any]):

@@ -143,3 +143,11 @@ def samples(rundir: Path) -> dict[tuple[int, int], list[int]]:
                 continue  # the line that a SIGKILL cut
             seen[line["step"], line["micro"]] = line["ids"]
     return seen
+
+
+def launch(*words: object, cwd: Path | None = None, timeout: float = 240) -> tuple[int, str, str]:
+    """Run the `launcher` command; exit code, output and errors."""
+    command = [sys.executable, "-m", "launcher", *map(str, words)]
+    environ = clean_environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environ, timeout=timeout)
+    return done.returncode, done.stdout, done.stderr
