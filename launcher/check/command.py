@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from launcher.check.finding import Finding
 from launcher.command import check_recipe, visible_gpus
-from launcher.errors import UsageError
+from launcher.errors import LauncherError, UsageError
 from launcher.parser import Parser
 from launcher.show import print_json, print_table
 
 if TYPE_CHECKING:
     from launcher.check.trials import Bench, Outcome
 
-__all__ = ["main"]
+__all__ = ["GROUPS", "WAYS", "check", "chosen", "main"]
 
 GROUPS = ("parity", "resume", "elastic", "determinism", "ranks")
 WAYS = ("accumulation", "ddp", "fsdp", "compiled", "workers", "bf16")
@@ -45,13 +45,13 @@ def main(argv: Sequence[str]) -> int:
     recipe, *own = argv[end:]
     check_recipe(recipe)
     _check_options(own)
-    groups, ways = _chosen(options.only)
+    groups, ways = chosen(options.only)
     cuda, world_size = _world(options.gpus, options.nproc)
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     room = _room(options.keep)
     findings: list[Finding] = []
     try:
-        findings = _check(recipe, own, room, groups, ways, cuda=cuda, world_size=world_size, seed=seed)
+        findings = check(recipe, own, room, groups, ways, cuda=cuda, world_size=world_size, seed=seed)
     finally:
         failed = not findings or any(one.holds is False for one in findings)
         if options.keep is None and not failed:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     return int(failed)
 
 
-def _check(
+def check(
     recipe: str,
     own: Sequence[str],
     room: Path,
@@ -74,11 +74,27 @@ def _check(
     world_size: int,
     seed: int,
 ) -> list[Finding]:
+    """Run a recipe in all ways that are asked for.
+
+    Args:
+        recipe: the path of its file.
+        own: the recipe's options.
+        room: an empty directory for the runs.
+        groups: of GROUPS, those to be looked at.
+        ways: of WAYS, those that `parity` is to try.
+        cuda: on GPUs, a process each; else on the CPU.
+        world_size: the processes where there are several.
+        seed: of the kills.
+
+    Raises:
+        LauncherError: it does not train in one process.
+    """
     from launcher.check.trials import bench
 
     slots = world_size if cuda else max(world_size, len(os.sched_getaffinity(0)))
-    expected = (2 + len(ways)) * ("parity" in groups) + 3 * ("resume" in groups) + ("elastic" in groups)
-    expected += ("ranks" in groups) + ("determinism" in groups) + 1
+    expected = 1 + (1 + len(ways)) * ("parity" in groups) + 3 * ("resume" in groups) + ("elastic" in groups)
+    expected += ("ranks" in groups) + ("determinism" in groups)
+    expected += bool({"determinism", "resume", "elastic"} & set(groups))
     with (
         bench(recipe, own, room, cuda=cuda, slots=slots, patience=PATIENCE) as runs,
         _progress(expected) as told,
@@ -95,7 +111,7 @@ def _findings(
     told: Callable[[Outcome], None],
 ) -> list[Finding]:
     from launcher.check.determinism import determinism
-    from launcher.check.parity import Shape, parity
+    from launcher.check.parity import Shape, parity, reference_trial
     from launcher.check.ranks import ranks
     from launcher.check.resume import SAVING, STEPS, elastic, resume
     from launcher.check.trials import Trial
@@ -103,11 +119,13 @@ def _findings(
     shape = Shape(world_size)
     settings = replace(shape.settings(steps=STEPS), state=True)
     findings: list[Finding] = []
+    [reference] = _each(runs.run([reference_trial(shape)]), told)
+    _check_runs(reference)
     if "ranks" in groups and world_size > 1:
         trial = Trial("ranks", world_size, replace(shape.settings(), unused=True))
         findings += [row for outcome in _each(runs.run([trial]), told) for row in ranks(outcome)]
     if "parity" in groups:
-        findings += parity(runs, shape, ways, told)
+        findings += parity(runs, shape, ways, reference, told)
     twice = [Trial("once", world_size, replace(settings, modules=True), SAVING)]
     if "determinism" in groups:
         twice.append(replace(twice[0], name="again"))
@@ -119,8 +137,23 @@ def _findings(
     if "resume" in groups:
         findings += resume(runs, found["once"], settings, world_size, seed, told)
     if "elastic" in groups:
-        findings += elastic(runs, found["once"], settings, 1 if world_size > 1 else 2, told)
+        findings += elastic(runs, found["once"], settings, world_size - 1 or 2, told)
     return findings
+
+
+def _check_runs(reference: Outcome) -> None:
+    """Refuse what does not train at all, in one process.
+
+    Raises:
+        LauncherError: with what its run has said.
+    """
+    if not reference.ok:
+        kind = UsageError if reference.codes == (UsageError.exit_code,) else LauncherError
+        raise kind(f"the recipe does not run in one process: {reference.fault} (all of it: {reference.log})")
+    if not reference.trace.of("step", 0):
+        raise LauncherError(
+            "the recipe ends without a step: its last line is launcher.main(train), and train loops over run.steps"
+        )
 
 
 def _parser() -> Parser:
@@ -163,7 +196,7 @@ def _check_options(own: Sequence[str]) -> None:
             raise UsageError(f"{word.partition('=')[0]}: launcher check sets it for each of its runs, drop it")
 
 
-def _chosen(only: str | None) -> tuple[list[str], list[str]]:
+def chosen(only: str | None) -> tuple[list[str], list[str]]:
     """The groups and the ways of parity that are asked for."""
     if only is None:
         return list(GROUPS), list(WAYS)

@@ -21,7 +21,7 @@ from launcher.check.finding import Finding
 from launcher.check.settings import Settings
 from launcher.check.trials import Bench, Outcome, Trial
 
-__all__ = ["WAYS", "Shape", "parity"]
+__all__ = ["WAYS", "Shape", "parity", "reference_trial"]
 
 STEPS = 3
 MARGIN = 32.0  # times what float32 itself loses; orders of summation differ
@@ -57,7 +57,14 @@ class Shape:
 
     def settings(self, *, whole: bool = False, steps: int = STEPS) -> Settings:
         """Of a run of `steps`; `whole`: each step in one micro-batch."""
-        return Settings("", steps, self.batch_size, self.batch_size if whole else self.microbatch_size)
+        even = 4 * self.world_size
+        return Settings(
+            out="",
+            steps=steps,
+            batch_size=self.batch_size,
+            microbatch_size=self.batch_size if whole else self.microbatch_size,
+            even=(even, even if whole else 2),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,23 +88,27 @@ class Measure:
         return max(LEAST, MARGIN * self.loss_noise[step])
 
 
-def parity(bench: Bench, shape: Shape, ways: Sequence[str], told: Callable[[Outcome], None]) -> list[Finding]:
+def reference_trial(shape: Shape) -> Trial:
+    """One process, each step in one micro-batch: what the other ways are held against."""
+    return Trial("reference", 1, replace(shape.settings(whole=True), descent=True))
+
+
+def parity(
+    bench: Bench, shape: Shape, ways: Sequence[str], reference: Outcome, told: Callable[[Outcome], None]
+) -> list[Finding]:
     """The rows of a table; `told` hears of every run that has ended."""
-    descent = replace(shape.settings(whole=True), descent=True)
-    [reference] = list(bench.run([Trial("reference", 1, descent)]))
-    told(reference)
-    if not reference.ok:
-        return [Finding("parity", ONE, False, reference.fault, advice.failed(reference))]
     if unusable := _unusable(reference):
         return [unusable]
+    descent = reference.trial.settings
+    streamed = None in reference.trace.loaders().values()
     descent = replace(descent, rates=tuple(event["rate"] for event in reference.trace.of("rate", 0)))
-    small = replace(descent, microbatch_size=shape.microbatch_size)
+    small = replace(descent, microbatch_size=shape.microbatch_size, even=shape.settings().even)
     trials = {
         "float64": Trial("float64", 1, replace(descent, double=True)),
         "accumulation": Trial("accumulation", 1, small),
         "ddp": Trial("ddp", shape.world_size, small),
         "fsdp": Trial("fsdp", shape.world_size, small, ("--run.shard", "full")),
-        "workers": Trial("workers", 1, small, ("--run.workers", "2")),
+        "workers": Trial("workers", 1, small, ("--run.workers", "1" if streamed else "2")),
         "bf16": Trial("bf16", 1, descent, ("--run.precision", "bf16")),
         "compiled": Trial("compiled", 1, descent, ("--run.compile", "default")),
     }
@@ -119,11 +130,15 @@ def parity(bench: Bench, shape: Shape, ways: Sequence[str], told: Callable[[Outc
 def _compared(way: str, found: Mapping[str, Outcome], reference: Outcome, measure: Measure, shape: Shape) -> Finding:
     """The row of one way, beside the reference, or, where the model draws, beside the same micro-batches."""
     drawn = any(event["drawn"] for event in reference.trace.of("loss"))
+    loaders = reference.trace.loaders()
     small = found[way].trial.settings.microbatch_size < shape.batch_size
     parts = found.get("accumulation")
     if way == "accumulation" and drawn and found[way].ok:
         told = "not compared: the forward pass draws (beside dropout), and draws otherwise for other micro-batches"
         return Finding("parity", _called(way, shape), None, told)
+    if found[way].trial.world_size > 1 and found[way].ok and (not loaders or None in loaders.values()):
+        why = "a stream's ranks read other samples" if loaders else "each rank makes its own data"
+        return Finding("parity", _called(way, shape), None, f"it trains; not compared: {why}")
     if small and parts is not None and parts.ok:
         if drawn:
             measure = replace(measure, gradients=_gradients(parts), losses=_losses(parts))
@@ -238,7 +253,7 @@ def _other_start(outcome: Outcome, reference: Outcome) -> tuple[str, str] | None
 
 def _other_data(outcome: Outcome, like: Outcome) -> tuple[str, str] | None:
     """Which micro-batch of a run is not that of another one of the same size, if one is not."""
-    sizes, others = (one.trace.of("steps", 0)[0]["loaders"] for one in (outcome, like))
+    sizes, others = outcome.trace.loaders(), like.trace.loaders()
     mine, theirs = outcome.trace.batches(), like.trace.batches()
     for name, size in others.items():
         if sizes.get(name) != size:

@@ -28,7 +28,7 @@ def _weights(outcome: Outcome) -> Finding:
 
 def _batches(outcome: Outcome) -> Finding:
     what, trace = "batches", outcome.trace
-    sizes = {rank: trace.of("steps", rank)[0]["loaders"] for rank in trace.events}
+    sizes = {rank: trace.loaders(rank) for rank in trace.events}
     for rank, loaders in sizes.items():
         if loaders != sizes[0]:
             told = f"rank {rank} has {loaders} samples, rank 0 has {sizes[0]}"

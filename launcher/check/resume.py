@@ -23,6 +23,7 @@ __all__ = ["SAVING", "STEPS", "elastic", "resume"]
 STEPS = 8
 EVERY = 2  # steps between saves
 SAVING = ("--run.save-every", str(EVERY), "--run.keep", "100")
+MOST = 1e-2  # relative: what the order of sums may change in a few losses, under any optimizer
 RESTARTS = 3  # more than there are kills: a killed peer may take a start down that was not meant
 
 
@@ -68,6 +69,10 @@ def elastic(
 ) -> list[Finding]:
     """Go on from a checkpoint of the base run on another number of ranks: the same samples a step."""
     what = f"{len(base.codes)} processes, then {other}"
+    loaders = base.trace.loaders()
+    if not loaders or None in loaders.values():
+        why = "a stream's order depends on the ranks" if loaders else "each rank makes its own data"
+        return [Finding("elastic", what, None, f"not compared: {why}")]
     path = checkpoint.Store(base.rundir / "checkpoints").path(EVERY)
     if not base.ok:
         return [Finding("elastic", what, False, base.fault, advice.failed(base))]
@@ -84,6 +89,9 @@ def elastic(
                 told_ = f"step {step + 1}, micro-batch {number} of {loader!r} holds other data than before"
                 return [Finding("elastic", what, False, told_, advice.of_data(outcome))]
     apart = _losses_apart(base, outcome)
+    if not apart <= MOST:
+        told_ = f"the same samples in every step, and losses that differ by {apart:.0e}"
+        return [Finding("elastic", what, False, told_, advice.LATER)]
     return [Finding("elastic", what, True, f"the same samples in every step; losses within {apart:.0e}")]
 
 

@@ -31,6 +31,8 @@ class Settings:
     batch_size: int
     """Samples a step, in place of the recipe's."""
     microbatch_size: int
+    even: tuple[int, int] = (1, 1)
+    """Batch and micro-batch of a stream, which is dealt out evenly."""
     descent: bool = False
     """Plain gradient descent in place of the recipe's optimizers, and no clipping: both hide a gradient's scale."""
     rates: tuple[float, ...] = ()

@@ -27,6 +27,10 @@ class Writer:
         """Add an event."""
         self._file.write(json.dumps({"what": what, **facts}) + "\n")
 
+    def close(self) -> None:
+        """Write no more."""
+        self._file.close()
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -68,6 +72,10 @@ class Trace:
             for event in self.of("build", rank)
             for name, value in event["weights"].items()
         }
+
+    def loaders(self, rank: int = 0) -> dict[str, int | None]:
+        """The loaders of the steps, with the samples that they have; None of a stream."""
+        return next((event["loaders"] for event in self.of("steps", rank)), {})
 
     def coupled(self) -> list[str]:
         """The modules that normalise over a micro-batch."""

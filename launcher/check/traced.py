@@ -59,7 +59,7 @@ class TracedStep(Step):
         drawn = not torch.equal(self._seeded, _generator(self._run.device))
         super().backward(loss, count, of=of)
         self._backwards += 1
-        self._run.trace.write("loss", step=self.index, loss=float(loss), drawn=drawn)
+        self._run.trace.write("loss", step=self.index, loss=float(loss.detach()), drawn=drawn)
 
     def _begin_pass(self) -> None:
         super()._begin_pass()
@@ -143,13 +143,14 @@ class TracedRun(Run):
     ) -> Iterator[Step]:
         """`Run.steps`, as few and as small as the check asks for."""
         loaders = dict(data) if isinstance(data, Mapping) else {} if data is None else {data.name: data}
+        streamed = any(loader.stream is not None for loader in loaders.values())
+        sizes = self.asked.even if streamed else (self.asked.batch_size, self.asked.microbatch_size)
         for loader in loaders.values():
-            loader.batch_size, loader.microbatch_size = self.asked.batch_size, self.asked.microbatch_size
+            loader.batch_size, loader.microbatch_size = sizes
             if loader.stream is not None:
                 loader.stream.size = loader.microbatch_size
         self._loaders = loaders
-        sizes = {name: loader.size for name, loader in loaders.items()}
-        self.trace.write("steps", loaders=sizes, optimizers=len(self.optimizers))
+        self.trace.write("steps", loaders={name: loader.size for name, loader in loaders.items()})
         return self._watched(super().steps(data, total=self.asked.steps, flops=flops))
 
     def average(self, score: Callable[[Any], Mapping[str, tuple[Any, Any]]], data: Loader[Any]) -> dict[str, float]:
@@ -184,6 +185,11 @@ class TracedRun(Run):
         """`Run.returned`, with how much was read."""
         super().returned()
         self.trace.write("end", microbatches=self._microbatches)
+
+    def close(self) -> None:
+        """`Run.close`, and of what is written down."""
+        super().close()
+        self.trace.close()
 
     def saw(self, loader: str, step: int, fetched: Fetched) -> None:
         """A micro-batch is at hand."""

@@ -28,11 +28,15 @@ from launcher.check.trace import Trace, read_trace
 
 __all__ = ["Bench", "Outcome", "Trial", "bench", "partial_saves"]
 
-ALWAYS = ("torch", "accelerate", "launcher.attempt", "launcher.run", "launcher.check.child")
+ALWAYS = (
+    *("torch", "torch._dynamo", "torch.distributed.fsdp", "accelerate", "safetensors.numpy"),
+    *("launcher.attempt", "launcher.run", "launcher.check.child"),
+)
 # Imported ahead where a recipe imports them: they take seconds, and touch no device when they are imported.
 OFTEN = ("datasets", "numpy", "peft", "sklearn", "tokenizers", "torchvision", "transformers")
 POLL = 0.01  # seconds
 STRIKE = 0.0005  # seconds between looks for a save, which takes a few milliseconds
+LONGEST = 200  # characters of what a run says of its failure
 GRACE = 20.0  # seconds that the ranks left have when one has ended badly
 
 
@@ -193,7 +197,7 @@ def bench(
     """A server of processes for runs of `recipe`."""
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # of ranks that leave without a teardown
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*ALWAYS, *sorted(set(OFTEN) & _imports(recipe))])
+    context.set_forkserver_preload([*ALWAYS, *_imports(recipe)])
     ensure_running()  # it imports while this process does
     yield Bench(context, recipe, tuple(options), room, cuda, slots, patience)
 
@@ -209,15 +213,15 @@ def _rank(settings: Settings, recipe: str, argv: Sequence[str], environ: Mapping
     rank_main(settings, recipe, argv, environ, log)
 
 
-def _imports(recipe: str) -> set[str]:
-    """The packages that a recipe's file imports, by name; none where it is no Python."""
+def _imports(recipe: str) -> list[str]:
+    """The modules of OFTEN's packages that a recipe's file imports; none where it is no Python."""
     try:
         tree = ast.parse(Path(recipe).read_text())
     except (OSError, SyntaxError, ValueError):
-        return set()  # its own run will say so
-    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return {name.partition(".")[0] for name in names}
+        return []  # its own run will say so
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    return sorted(name for name in names if name.partition(".")[0] in OFTEN)
 
 
 def _fault(rundir: Path, out: Path, codes: Sequence[int]) -> str:
@@ -227,13 +231,19 @@ def _fault(rundir: Path, out: Path, codes: Sequence[int]) -> str:
         with suppress(OSError, ValueError, LookupError):
             said = json.loads(path.read_text())
             where = f"rank {said['rank']}, step {said['step']}" if len(codes) > 1 else f"step {said['step']}"
-            return f"{where}: {said['error']}"
+            return f"{where}: {_cut(said['error'])}"
     for path in sorted(out.glob("rank-*.txt")):
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("launcher: ")] or lines[-1:]
         if told:
-            return told[-1].removeprefix("launcher: ")
+            return _cut(told[-1].removeprefix("launcher: "))
     return f"exit codes {', '.join(map(str, codes))}"
+
+
+def _cut(text: str) -> str:
+    """The first line, or as much of it as a table takes; the rest is in the run's output."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def _metrics(path: Path) -> dict[int, dict[str, float]]:

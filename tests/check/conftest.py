@@ -1,0 +1,44 @@
+"""Checks in this process, several at once, with one server of processes for all of them."""
+
+import json
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from multiprocessing.forkserver import ensure_running
+
+import pytest
+
+from launcher.check.command import check, chosen
+from launcher.check.trials import ALWAYS, OFTEN
+from tests.check.defects import DEFECTS, SMALL, plant
+from tests.check.shipped import SHIPPED
+from tests.harness import ROOT
+
+
+@pytest.fixture(scope="session")
+def checks(tmp_path_factory, request):
+    """The rows of every check that a test of this session asks for, by its key: futures, begun in their order."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*ALWAYS, *OFTEN, "sklearn.datasets"])
+    ensure_running()
+    keys = [item.callspec.params["key"] for item in request.session.items if "checks" in item.fixturenames]
+    rooms = {key: tmp_path_factory.mktemp("check") for key in keys}
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+        futures = {key: pool.submit(rows_of, key, rooms[key]) for key in keys}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+def rows_of(key, room):
+    if key in DEFECTS:
+        defect = DEFECTS[key]
+        recipe, only, options = plant(defect, room), defect.only, SMALL[defect.recipe]
+    else:
+        name, only = SHIPPED[key]
+        recipe, options = ROOT / "recipes" / f"{name}.py", SMALL[name]
+    groups, ways = chosen(only)
+    runs = room / "runs"
+    runs.mkdir()
+    found = check(str(recipe), options, runs, groups, ways, cuda=False, world_size=2, seed=0)
+    return {one.what: json.loads(json.dumps(asdict(one))) for one in found}
