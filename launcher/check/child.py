@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ from launcher.check.traced import TracedRun
 
 __all__ = ["rank_main"]
 
-PR_SET_PDEATHSIG = 1
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LAUNCHER_", "OMP_")
 
 
 def rank_main(settings: Settings, recipe: str, argv: Sequence[str], environ: Mapping[str, str], log: str) -> None:
     """Run the recipe in this process, which is its own from here on: a session, an output, an environment."""
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing of a check outlives it
+    threading.Thread(target=_end_with_the_check, name="launcher-check", daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)
     for descriptor, target in ((null, 0), (output, 1), (output, 2)):
@@ -49,6 +49,14 @@ def rank_main(settings: Settings, recipe: str, argv: Sequence[str], environ: Map
         inductor.fallback_random = True  # type: ignore[attr-defined]  # else dropout's masks are its own, and nothing compares
     launcher.main = functools.partial(_main, settings)
     runpy.run_path(recipe, run_name="__main__")
+
+
+def _end_with_the_check() -> None:
+    """Nothing of a check outlives it, even if it is killed."""
+    check = multiprocessing.parent_process()
+    assert check is not None
+    wait([check.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 def _main(settings: Settings, train: Callable[..., None]) -> None:

@@ -49,13 +49,14 @@ def main(argv: Sequence[str]) -> int:
     cuda, world_size = _world(options.gpus, options.nproc)
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     room = _room(options.keep)
-    findings: list[Finding] = []
     try:
         findings = check(recipe, own, room, groups, ways, cuda=cuda, world_size=world_size, seed=seed)
-    finally:
-        failed = not findings or any(one.holds is False for one in findings)
-        if options.keep is None and not failed:
-            shutil.rmtree(room, ignore_errors=True)
+    except KeyboardInterrupt:
+        _remove(room, options.keep)
+        raise
+    failed = any(one.holds is False for one in findings)
+    if not failed:
+        _remove(room, options.keep)
     if options.json:
         print_json({"holds": not failed, "seed": seed, "runs": str(room) if failed else None, "rows": _rows(findings)})
     else:
@@ -236,6 +237,11 @@ def _room(keep: str | None) -> Path:
     if used:
         raise UsageError(f"--keep {keep} is not empty: name a fresh directory")
     return path
+
+
+def _remove(room: Path, keep: str | None) -> None:
+    if keep is None:
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def _each(outcomes: Iterator[Outcome], told: Callable[[Outcome], None]) -> Iterator[Outcome]:

@@ -1,7 +1,12 @@
 """What `launcher check` refuses, and the words that it finds for a ratio."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +15,7 @@ from launcher.check.command import main
 from launcher.check.parity import Shape
 from launcher.check.trace import Trace, Writer, read_trace
 from launcher.errors import UsageError
-from tests.harness import launch
+from tests.harness import ROOT, clean_environment, launch
 
 
 @pytest.mark.parametrize(
@@ -97,3 +102,31 @@ def test_a_line_that_a_kill_has_cut_is_passed_over(tmp_path):
         file.write('{"what": "bat')
     [batch] = read_trace(tmp_path).batches().values()
     assert batch.digest == "new"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_it(tmp_path, number):
+    recipe, room = tmp_path / "slow.py", tmp_path / "runs"
+    recipe.write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)\n")
+    command = [sys.executable, "-m", "launcher", "check", "--keep", str(room), str(recipe)]
+    with subprocess.Popen(command, env=clean_environment() | {"PYTHONPATH": str(ROOT)}) as process:
+        until(lambda: (room / "reference" / "rank-0.txt").exists() and running(room))
+        process.send_signal(number)
+        assert process.wait(60) == (130 if number == signal.SIGINT else -9)
+    until(lambda: not running(room))
+
+
+def running(room):
+    """The processes that have a file open in a directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):  # it has ended meanwhile
+            found += [path.parts[2]] if os.readlink(path).startswith(str(room)) else []
+    return found
+
+
+def until(happened, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)  # polling what other processes do
