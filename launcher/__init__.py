@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import CheckpointError, LauncherError, RecipeError, UsageError, WorldError
+from launcher.errors import CheckpointError, LauncherError, NumbersError, RecipeError, UsageError, WorldError
 
 if TYPE_CHECKING:
     from launcher.attempt import main
@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "LauncherError",
     "Loader",
+    "NumbersError",
     "Optimizer",
     "RecipeError",
     "Run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
 import socket
 import sys
@@ -19,15 +20,21 @@ import torch
 
 from launcher.config import RunConfig, check_resume, parse, resolve, to_dict
 from launcher.errors import LauncherError, RecipeError, UsageError
-from launcher.failure import kind_of, may_pass
+from launcher.failure import Kind, kind_of, may_pass
+from launcher.flight import collectives
+from launcher.output import Output, log_path
 from launcher.rehearse import answer
 from launcher.rundir import RunDir, Status
 from launcher.seeds import seed_microbatch
 from launcher.show import printable
 from launcher.signals import Signals, Stopped
+from launcher.verdict import judged, of_one
+from launcher.watchdog import Watchdog
+from launcher.witness import PARENT, about, recipes_part, told_to_agent, told_to_parent, witness
 from launcher.world import World, connect, disconnect
 
 if TYPE_CHECKING:
+    from launcher.hang import Judgement
     from launcher.run import Run
 
 __all__ = ["Attempt", "conduct", "main"]
@@ -64,8 +71,7 @@ def conduct(attempt: Attempt, train: Callable[..., None]) -> None:
     except Exception as error:
         code = attempt.fail(error)
         if attempt.world.world_size == 1:
-            if attempt.run is not None:
-                attempt.run.saver.close()
+            attempt.let_pass(error)
             raise
         attempt.leave(code)
     if attempt.world.group is not None:
@@ -85,9 +91,14 @@ class Attempt:
         self.number = 0
         self.run: Run | None = None
         self.signals: Signals | None = None
+        self.output: Output | None = None
+        self._parent = os.environ.pop(PARENT, None)  # not for what the recipe may start
         self._settled = threading.Event()
         """Set once the ranks have agreed how this ends: nothing leaves at once any more."""
         self._ending = threading.Lock()
+        self._watchdog: Watchdog | None = None
+        self._watched = False
+        """Whether a hang may still end this process: not once it has done its work, or tells of a failure."""
 
     def start(self, train: Callable[..., None]) -> None:
         """Read the options, join the other ranks, open the run directory."""
@@ -106,10 +117,13 @@ class Attempt:
         self.world, accelerator = connect(options, os.environ)
         settings = to_dict(config, options)
         self.rundir, self.number = self._open(options, settings, recipe)
+        self._introduce()
         from launcher.run import Run
 
         make_run = self._make_run or Run
         self.run = make_run(options, settings, self.world, accelerator, self.rundir, self.number, self.signals)
+        self._watched = True
+        self._watchdog = Watchdog(self.run, self.rundir, self.number, self.hung)
         arguments = (self.run,) if config_type is None else (self.run, config)
         self._train: Callable[[], None] = lambda: train(*arguments)
 
@@ -121,6 +135,7 @@ class Attempt:
         self._train()
         self._settle()
         self.run.returned()
+        self._unwatch()
         self._status("finished")
         self._record_exit("finished")
 
@@ -134,6 +149,7 @@ class Attempt:
             self.run.stopped()
         except LauncherError as error:
             return self.fail(error)
+        self._unwatch()
         status: Status = "cancelled" if self.rundir.is_cancelled else "preempted"
         reason = self.signals.stop or "another rank"
         self._status(status)
@@ -143,33 +159,100 @@ class Attempt:
 
     def fail(self, error: Exception) -> int:
         """Record the failure; the first rank that fails tells it, the others only that they ended; the exit code."""
+        self._unwatch()
         self._settle()
-        first = True
         kind, code = kind_of(error), error.exit_code if isinstance(error, LauncherError) else 1
         if kind == "peer" and self.rundir is not None and self.rundir.left(self.number, "preempted"):
             self._status("preempted")  # a signal that only some have seen yet, before the first step
             self._record_exit("preempted", "another rank has left at once")
             return 0
-        if self.rundir is not None:
-            step = self.run.completed if self.run is not None else None
-            told = f"{type(error).__name__}: {error}"
-            first = self.rundir.failed(
-                self.number, rank=self.world.rank, step=step, error=told, kind=kind, retry=may_pass(kind)
-            )
-            self._status("failed", everyone=first)
-            self._record_exit("failed", told)
-        elif isinstance(error, LauncherError) and error.exit_code == 2:
-            first = self.world.is_main  # a wrong option is wrong on every rank
-            _refused(str(error))
-        if not first:
+        if self.rundir is None:
+            self._refuse(error)
             return code
-        where = f" rank {self.world.rank}:" if self.world.world_size > 1 and self.rundir is not None else ""
-        if isinstance(error, LauncherError):
-            print(f"launcher:{where} {printable(str(error))}", file=sys.stderr, flush=True)
-        elif self.world.world_size > 1:
-            print(f"launcher:{where} the recipe failed", file=sys.stderr)
-            traceback.print_exception(type(error), error, _recipes_part(error.__traceback__), file=sys.stderr)
+        step = self.run.completed if self.run is not None else None
+        told = f"{type(error).__name__}: {error}"
+        first = self.rundir.failed(
+            self.number, rank=self.world.rank, step=step, error=told, kind=kind, retry=may_pass(kind)
+        )
+        self._status("failed", everyone=first)
+        self._record_exit("failed", told)
+        self._testify(error, kind, step, first=first)
         return code
+
+    def _testify(self, error: Exception, kind: Kind, step: int | None, *, first: bool) -> None:
+        """Tell of the failure: to the verdict all there is, to the person the first one's, and once."""
+        assert self.rundir is not None
+        called = collectives() if kind == "peer" and self.world.group is not None else None
+        facts = witness(error, kind, world=self.world, step=step, collectives=called)
+        with suppress(LauncherError):  # a full disk: then the parent has it alone
+            self.rundir.record_error(self.number, self.world.rank, facts)
+        told_to_parent(self._parent, f"error-{self.world.rank:05d}.json", facts)
+        alone = self.world.world_size == 1
+        where = "" if alone else f" rank {self.world.rank}:"
+        frames = f"{facts['traceback']}"
+        if isinstance(error, LauncherError):
+            said = f"launcher:{where} {printable(str(error))}\n"
+        elif kind == "peer" and not alone:
+            said = f"launcher:{where} has lost its peer: {printable(facts['message'])}\n"
+            self._note(frames)
+        else:
+            said = f"launcher:{where} the recipe failed\n{frames}"
+        if alone and not isinstance(error, LauncherError):
+            self._note(frames)  # it passes through, and Python shows it
+        elif first:
+            self._say(said)
+        else:
+            self._note(said)
+        if not alone:
+            told_to_agent(of_one(facts, self.world.world_size).text, first=first)
+
+    def _refuse(self, error: Exception) -> None:
+        """Tell of a failure before there is a run directory."""
+        usage = isinstance(error, LauncherError) and error.exit_code == 2
+        if usage:
+            _refused(str(error))
+        if isinstance(error, LauncherError):
+            if self.world.is_main or not usage:  # a wrong option is wrong on every rank
+                print(f"launcher: {printable(str(error))}", file=sys.stderr, flush=True)
+        elif self.world.world_size > 1:
+            print("launcher: the recipe failed", file=sys.stderr)
+            traceback.print_exception(type(error), error, recipes_part(error.__traceback__), file=sys.stderr)
+
+    def let_pass(self, error: Exception) -> None:
+        """An exception leaves this process, as a debugger wants it; who sees its traceback sees the verdict below."""
+        if self.run is not None:
+            self.run.saver.close()
+        if self.output is not None:
+            self.output.close()
+        if self.rundir is not None:
+            _ends_with(error, self.rundir.path if self._parent is None else None, self.number)
+
+    def _introduce(self) -> None:
+        """The run directory is there: write down what this rank is, and keep what it prints."""
+        assert self.rundir is not None
+        world, path = self.world, self.rundir.path
+        with suppress(LauncherError):
+            self.rundir.record_rank(self.number, world.rank, about(world))
+        if world.is_main:
+            told_to_parent(self._parent, "run", {"path": str(path), "attempt": self.number})
+        if "LAUNCHER_RUN" not in os.environ:
+            told = f"attempt {self.number} rank {world.rank} of {world.world_size} on {socket.gethostname()}"
+            with suppress(OSError):  # a full disk is a save's to tell
+                self.output = Output(log_path(path, world.rank), told, shown=world.is_main)
+
+    def _say(self, text: str) -> None:
+        """Show the person something; in many processes of `launcher run` their parent does, in the end."""
+        if self._parent is not None and self.world.world_size > 1 and self.output is not None:
+            self.output.note(text)
+        elif self.output is not None:
+            self.output.show(text)
+        else:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def _note(self, text: str) -> None:
+        if self.output is not None:
+            self.output.note(text)
 
     def signalled(self, name: str) -> None:
         """The first stop signal has come, in the thread that watches for them.
@@ -193,6 +276,32 @@ class Attempt:
         """A second Ctrl-C, or a second signal of its kind: leave without a save, unless that is being written."""
         self._leave_now("cancelled" if name == "SIGINT" else "preempted", f"a second {name}", 130)
 
+    def hung(self, found: Judgement) -> None:
+        """The run makes no progress, says the watching thread: mark it failed and end the process, without a save."""
+        with self._ending:
+            if not self._watched or self.run is None or self.rundir is None:
+                return
+            told = f"{found.sentence}; every rank's stacks are in attempts/{self.number}/stacks-*.txt"
+            first = self.rundir.failed(
+                self.number, rank=found.rank, step=found.step, error=told, kind="hang", retry=may_pass("hang")
+            )
+            with suppress(LauncherError):
+                self._status("failed", everyone=first)
+            self._record_exit("failed", "the run hangs")
+            if first:
+                self._say(f"launcher: the run hangs: {printable(told)}\n")
+            told_to_agent(f"the run hangs: {told}", first=first)
+            for child in multiprocessing.active_children():  # a worker that is stuck would outlive this process
+                child.kill()
+            self.run.saver.close()
+            os._exit(1)
+
+    def _unwatch(self) -> None:
+        with self._ending:
+            self._watched = False
+        if self._watchdog is not None:
+            self._watchdog.stop()
+
     def _wait_for_edge(self, name: str, patience: float) -> None:
         if not self._settled.wait(patience):
             self._leave_now("preempted", f"{name}, and no step's edge came in {patience:.0f} s", 1)
@@ -210,16 +319,21 @@ class Attempt:
                 status = "cancelled"
             with suppress(LauncherError):
                 self._status(status)
-            self._record_exit(status, reason)
-            if self.world.is_main or status == "failed":
-                print(f"launcher: left at once, without a save: {reason}", file=sys.stderr, flush=True)
+            called = collectives() if status == "failed" and self.world.group is not None else []
+            self._record_exit(status, reason, **({"collectives": called} if called else {}))
+            said = f"launcher: left at once, without a save: {reason}\n"
+            if status == "failed":
+                self._note(said)  # the person hears of the failure itself
+            elif self.world.is_main:
+                print(said, end="", file=sys.stderr, flush=True)
             os._exit(code)
 
-    def _record_exit(self, status: Status, reason: str = "") -> None:
+    def _record_exit(self, status: Status, reason: str = "", **more: Any) -> None:
         if self.rundir is not None:
             step = None if self.run is None else self.run.completed
             with suppress(LauncherError):
-                self.rundir.record_exit(self.number, rank=self.world.rank, status=status, step=step, reason=reason)
+                rank = self.world.rank
+                self.rundir.record_exit(self.number, rank=rank, status=status, step=step, reason=reason, **more)
 
     def leave(self, code: int) -> None:
         """End the process with `code`.
@@ -242,6 +356,8 @@ class Attempt:
             disconnect()
         if self.signals is not None:
             self.signals.close()
+        if self.output is not None:
+            self.output.close()
 
     def _open(self, options: RunConfig, settings: Mapping[str, Any], recipe: Path) -> tuple[RunDir, int]:
         """The run directory and this attempt's number, as rank 0 finds or makes them."""
@@ -279,11 +395,22 @@ def _check_trackers(options: RunConfig) -> None:
             raise UsageError(f"--run.tracker {name}: it is not installed: pip install {name}")
 
 
-def _recipes_part(frames: TracebackType | None) -> TracebackType | None:
-    """A traceback from the recipe's first frame on."""
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next
-    return frames
+def _ends_with(error: Exception, run: Path | None, attempt: int) -> None:
+    """If it is this exception that ends the process, have the verdict on `run` printed below its traceback."""
+    before = sys.excepthook
+
+    def hook(type_: type[BaseException], value: BaseException, frames: TracebackType | None) -> None:
+        sys.excepthook = before
+        before(type_, value, frames)
+        if value is not error:
+            return
+        if run is not None:
+            print(f"launcher: {judged(run, attempt).text}", file=sys.stderr, flush=True)
+        for child in multiprocessing.active_children():  # its frames hold data workers, and Python would wait for them
+            if child.daemon:
+                child.kill()
+
+    sys.excepthook = hook
 
 
 def _open_run(

@@ -41,6 +41,7 @@ def average(run: Run, score: Callable[[Any], Mapping[str, tuple[Any, Any]]], dat
         for k in range(len(slots)):
             if k % CHECK_EVERY == 0:
                 run.check_stop()
+            run.pulse.beats += 1
             fetched = feed.take(0)
             seed_microbatch(run.seed, -2, fetched.slot.start, run.device)
             for name, (total, count) in score(fetched.batch).items():

@@ -74,7 +74,7 @@ def _dispatch(argv: list[str]) -> int:
     if options.version:
         print(f"launcher {_version()}")
     elif command == "run":
-        _run(argv[1:])
+        return _run(argv[1:])
     elif command in FUNCTIONS:
         module, _, function = FUNCTIONS[command].partition(":")
         return int(getattr(import_module(module), function)(argv[1:]))
@@ -90,8 +90,8 @@ def _dispatch(argv: list[str]) -> int:
     return 0
 
 
-def _run(argv: list[str]) -> None:
-    """`launcher run [options] RECIPE [the recipe's options]`."""
+def _run(argv: list[str]) -> int:
+    """`launcher run [options] RECIPE [the recipe's options]`; the exit code."""
     parser = Parser(
         prog="launcher run",
         usage="launcher run [--gpus N | --nproc N] [--dry-run] RECIPE [recipe options]",
@@ -114,9 +114,11 @@ def _run(argv: list[str]) -> None:
     command = local_command(recipe, arguments, gpus=options.gpus, nproc=options.nproc, visible=visible_gpus(os.environ))
     if options.dry_run:
         print(command)
-        return
+        return 0
+    from launcher.parent import run
+
     print(f"+ {command}", file=sys.stderr)
-    command.execute()
+    return run(command)
 
 
 def _recipe_index(argv: list[str]) -> int:

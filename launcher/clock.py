@@ -38,20 +38,24 @@ class Clock:
         self._ask: Callable[[Mapping[str, str]], float | None] | None = ask or _job_end
         self._end = _number(environ.get("LAUNCHER_JOB_END")) or math.inf
         self._lead, self._grace = _number(environ.get("LAUNCHER_SIGNAL_LEAD")), _number(environ.get("LAUNCHER_GRACE"))
-        self._step = self._evaluation = self._paused = 0.0
-        self._save = save_seconds
+        self.step_seconds = 0.0
+        """The longest step of late, the longest evaluation, and the last save (None: none is known), in seconds."""
+        self.evaluation_seconds = 0.0
+        self.save_seconds = save_seconds
+        self._paused = 0.0
         self._unmeasured = min(FIRST_SAVE, max(0.0, self.left / 10))
         self._edge: float | None = None
 
     @property
     def need(self) -> float:
         """Seconds from the decision to stop until all is saved: two steps, an evaluation, twice a save."""
-        return 2 * self._step + self._evaluation + 2 * (self._unmeasured if self._save is None else self._save)
+        save = self._unmeasured if self.save_seconds is None else self.save_seconds
+        return 2 * self.step_seconds + self.evaluation_seconds + 2 * save
 
     @property
     def patience(self) -> float:
         """Seconds to wait for a step's edge after a signal: ample, and no longer than the job has."""
-        return min(max(120.0, 4 * (self._step + self._evaluation)), max(0.0, self.left))
+        return min(max(120.0, 4 * (self.step_seconds + self.evaluation_seconds)), max(0.0, self.left))
 
     @property
     def left(self) -> float:
@@ -75,16 +79,16 @@ class Clock:
         """
         now = time.perf_counter()
         if self._edge is not None:
-            self._step = max(now - self._edge - (paused - self._paused), 0.9 * self._step)
+            self.step_seconds = max(now - self._edge - (paused - self._paused), 0.9 * self.step_seconds)
         self._edge, self._paused = now, paused
 
     def evaluated(self, seconds: float) -> None:
         """An evaluation took so long."""
-        self._evaluation = max(seconds, self._evaluation)
+        self.evaluation_seconds = max(seconds, self.evaluation_seconds)
 
     def saved(self, seconds: float) -> str | None:
         """A save took so long; what to tell where SLURM's signal, or its grace, comes too late for another."""
-        first, self._save = self._save is None, seconds
+        first, self.save_seconds = self.save_seconds is None, seconds
         if not first:
             return None
         short = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -23,24 +22,13 @@ class Command:
 
     argv: tuple[str, ...]
     variables: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
+    """How many ranks it starts."""
 
     def __str__(self) -> str:
         """The line that does the same in a shell."""
         setting = ["env", *(f"{name}={value}" for name, value in self.variables.items())] if self.variables else []
         return shlex.join([*setting, *self.argv])
-
-    def execute(self) -> None:
-        """Become this program; does not return.
-
-        Raises:
-            UsageError: it cannot be run.
-        """
-        sys.stdout.flush()
-        sys.stderr.flush()
-        try:
-            os.execvpe(self.argv[0], self.argv, {**os.environ, **self.variables})
-        except OSError as error:
-            raise UsageError(f"cannot run {self.argv[0]}: {error.strerror}") from None
 
 
 def local_command(
@@ -65,7 +53,7 @@ def local_command(
     processes = nproc if nproc is not None else visible if gpus is None else gpus
     variables = {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
     starter = [sys.executable] if processes <= 1 else [*_accelerate(), *_many(processes)]
-    return Command((*starter, recipe, *arguments), variables)
+    return Command((*starter, recipe, *arguments), variables, max(1, processes))
 
 
 def visible_gpus(environ: Mapping[str, str], devices: Path = DEVICES) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ __all__ = ["Change", "RunConfig", "changes", "check_resume", "parse", "resolve",
 C = TypeVar("C")
 
 RESERVED = ("run", "config", "help")
-AT_LEAST = {"save_every": 0, "keep": 1, "keep_every": 0, "log_every": 1, "workers": 0, "threads": 1}
+AT_LEAST = {
+    **{"save_every": 0, "keep": 1, "keep_every": 0, "log_every": 1, "workers": 0, "threads": 1},
+    **{"bad_numbers_limit": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,16 @@ class RunConfig:
     """CPU threads a rank; unset: OMP_NUM_THREADS if you set it, else this machine's cores shared out."""
     deterministic: bool = False
     """Only deterministic kernels, so that losses repeat bit for bit on a GPU."""
+    bad_numbers: Literal["stop", "skip", "rewind"] = "stop"
+    """A step whose loss or gradient is not finite: stop, skip its update, or rewind and leave its samples out."""
+    bad_numbers_limit: int = 3
+    """Steps in a row that `bad_numbers` may skip, or rewind; one more stops the run."""
+    spike: float | None = None
+    """Also take for bad a loss above so many times the median of the last 50 steps' (10, say); unset: none is."""
+    hang_after: float | Literal["auto", "off"] = "auto"
+    """Seconds without progress that end the run (10 x in the first step, a restore, a save); auto: 10 min and more."""
+    join_within: float = 600.0
+    """Seconds for all ranks to come, from the first on."""
     resume: str = "auto"
     """auto: go on from the run's newest checkpoint; never: refuse a run that has one; or a checkpoint's path."""
     init_from: str | None = None
@@ -81,6 +95,14 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{flag('run.' + name)} {value}: at least {least}")
+        for name in ("hang_after", "join_within"):
+            value = getattr(self, name)
+            if isinstance(value, float | int) and not 0 < value < math.inf:
+                raise UsageError(f"{flag('run.' + name)} {value}: seconds above 0")
+        if self.spike is not None and not 1 < self.spike < math.inf:
+            raise UsageError(f"--run.spike {self.spike}: a factor above 1, such as 10")
+        if self.bad_numbers == "rewind" and not self.save_every:
+            raise UsageError("--run.bad-numbers rewind goes back to a checkpoint: give --run.save-every N too")
         if self.keep_best is not None:
             Best.parse(self.keep_best)
         if self.init_only and self.init_from is None:

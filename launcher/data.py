@@ -15,10 +15,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from typing_extensions import TypeVar
 
-from launcher.errors import RecipeError, UsageError
+from launcher.errors import LauncherError, RecipeError, UsageError
+from launcher.failure import NOTE
 from launcher.order import Ints, Order, Slot
 from launcher.seeds import COLLATE, SAMPLE, mix, seed_host
 from launcher.signals import ignore_signals
+from launcher.stacks import answer
 from launcher.stream import Stream, is_stream
 from launcher.world import World
 
@@ -53,7 +55,7 @@ class Loader(Generic[B]):
             self.stream = Stream(data, microbatch_size, collate or default_collate)
         else:
             self.order = Order(_length(data), seed, shuffle=shuffle)
-            self._fetch = Fetch(data, self.order, seed, collate)
+            self._fetch = Fetch(data, self.order, seed, collate, name)
 
     @property
     def size(self) -> int | None:
@@ -78,7 +80,13 @@ class Loader(Generic[B]):
         return head
 
     def batches(self, slots: Iterable[Slot], world: World, cursor: Any = None) -> Iterator[tuple[Slot, Any, Any]]:
-        """The host batch of every slot, in order, with the stream's cursor after it; ends where a stream ends."""
+        """The host batch of every slot, in order, with the stream's cursor after it; ends where a stream ends.
+
+        An exception of the data's own passes through, with a note of what was read.
+        """
+        return _noting(self.name, self._batches(slots, world, cursor))
+
+    def _batches(self, slots: Iterable[Slot], world: World, cursor: Any) -> Iterator[tuple[Slot, Any, Any]]:
         if self.stream is not None:
             return self.stream.batches(slots, world, cursor, workers=self.workers)
         if not self.workers:
@@ -111,9 +119,11 @@ class Loader(Generic[B]):
 class Fetch(Dataset[Any]):
     """Reads a slot of a map-style dataset in one call where the dataset can, every draw seeded by sample."""
 
-    def __init__(self, data: Any, order: Order, seed: int, collate: Callable[[list[Any]], Any] | None) -> None:
-        self._order, self._seed = order, seed
-        self._read, self._draws = _reader(data, collate)
+    def __init__(
+        self, data: Any, order: Order, seed: int, collate: Callable[[list[Any]], Any] | None, name: str = "loader"
+    ) -> None:
+        self._order, self._seed, self._name = order, seed, name
+        self._read, self._draws, self._one_by_one = _reader(data, collate)
 
     def ordered(self, order: Order) -> Fetch:
         """The same in another order."""
@@ -124,12 +134,26 @@ class Fetch(Dataset[Any]):
     def __getitem__(self, slot: Slot) -> Any:
         """The collated micro-batch of a slot."""
         samples = self._order.samples(slot.start, slot.stop)
-        if not self._draws:
-            return self._read(samples, _no_seed)
+        begun = -1
+
+        def begin(k: int) -> None:
+            nonlocal begun
+            begun = k
+            if self._draws:
+                seed_host(seeds[k])
+
+        seeds = self._seeds(slot, samples) if self._draws else []
+        try:
+            return self._read(samples, begin)
+        except Exception as error:
+            _note(error, _named(samples[[begun]] if self._one_by_one and begun >= 0 else samples), self._name)
+            raise
+
+    def _seeds(self, slot: Slot, samples: Ints) -> list[int]:
+        """Of every sample, and of the collate."""
         epochs = [self._order.epoch(position) for position in range(slot.start, slot.stop)]
         seeds = [mix(self._seed, SAMPLE, epoch, sample) for epoch, sample in zip(epochs, samples.tolist(), strict=True)]
-        seeds.append(mix(self._seed, COLLATE, slot.start))
-        return self._read(samples, lambda k: seed_host(seeds[k]))
+        return [*seeds, mix(self._seed, COLLATE, slot.start)]
 
 
 class Fetched:
@@ -204,26 +228,29 @@ class Feed:
 Reader = Callable[[Ints, Callable[[int], None]], Any]
 
 
-def _reader(data: Any, collate: Callable[[list[Any]], Any] | None) -> tuple[Reader, bool]:
-    """How to read samples [i, ...] at once, told when sample k begins (and, as k = -1, the collate); may it draw?"""
+def _reader(data: Any, collate: Callable[[list[Any]], Any] | None) -> tuple[Reader, bool, bool]:
+    """How to read samples [i, ...] at once, told when sample k begins (and, as k = -1, the collate).
+
+    And may it draw, and does it read them one by one?
+    """
     if collate is None:
         if isinstance(data, TensorDataset):
             data = data.tensors
         if isinstance(data, torch.Tensor):
-            return lambda samples, _: data[torch.from_numpy(samples)], False
+            return lambda samples, _: data[torch.from_numpy(samples)], False, False
         if isinstance(data, tuple):
-            return lambda samples, _: _take(data, torch.from_numpy(samples)), False
+            return lambda samples, _: _take(data, torch.from_numpy(samples)), False, False
         if isinstance(data, Mapping):
-            return lambda samples, _: _take_named(data, torch.from_numpy(samples)), False
+            return lambda samples, _: _take_named(data, torch.from_numpy(samples)), False, False
         if _is_arrow(data):
             table = data if data.format["type"] else data.with_format("torch")
-            return _seeding_first(lambda samples: table[samples]), data.format["type"] == "custom"
+            return _seeding_first(lambda samples: table[samples]), data.format["type"] == "custom", False
     collate = collate or default_collate
     if hasattr(data, "__getitems__"):
-        return _seeding_first(lambda samples: data.__getitems__(samples), collate), True
+        return _seeding_first(lambda samples: data.__getitems__(samples), collate), True, False
     if isinstance(data, tuple | Mapping | torch.Tensor):
         raise UsageError("collate= takes a list of samples, and a dataset of tensors is read in one slice: drop one")
-    return lambda samples, seed: _one_by_one(data, samples, seed, collate), True
+    return lambda samples, seed: _one_by_one(data, samples, seed, collate), True, True
 
 
 def _seeding_first(read: Callable[[list[int]], Any], collate: Callable[[Any], Any] | None = None) -> Reader:
@@ -255,10 +282,6 @@ def _take(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> tuple[torch.T
 
 def _take_named(tensors: Mapping[str, torch.Tensor], index: torch.Tensor) -> dict[str, torch.Tensor]:
     return {key: tensor[index] for key, tensor in tensors.items()}
-
-
-def _no_seed(_: int) -> None:
-    """Reading draws nothing."""
 
 
 def _length(data: Any) -> int:
@@ -327,10 +350,38 @@ def _tee(slots: Iterable[Slot]) -> tuple[Iterator[Slot], Iterator[Slot]]:
     return listed(), fetched()
 
 
+def _noting(loader: str, batches: Iterator[tuple[Slot, Any, Any]]) -> Iterator[tuple[Slot, Any, Any]]:
+    """The same, with a note on what a worker's death, or a stream, raises."""
+    number = 0
+    try:
+        for entry in batches:
+            yield entry
+            number += 1
+    except LauncherError:
+        raise
+    except Exception as error:
+        _note(error, f"micro-batch {number} that this rank read", loader)
+        raise
+
+
+def _note(error: Exception, what: str, loader: str) -> None:
+    """Note on an exception what was read when it was raised, once: its type and traceback stay the person's own."""
+    noted = "\n".join([*getattr(error, "__notes__", ()), str(error)])
+    if not NOTE.search(noted):
+        error.add_note(f"(launcher: {what} of loader {loader!r})")
+
+
+def _named(samples: Ints) -> str:
+    ids = samples.tolist()
+    listed = ", ".join(map(str, ids[:8])) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")
+    return f"sample {listed}" if len(ids) == 1 else f"samples {listed}"
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
 
 def _start_worker(_: int) -> None:
     ignore_signals()
+    answer()
     torch.set_num_threads(1)

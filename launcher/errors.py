@@ -6,6 +6,7 @@
     |- CheckpointError    a checkpoint that is foreign, or cannot be written
     |  |- DamagedError    its bytes are not those that were written; an older one may be whole
     |  `- ReplacedError   a newer start of the run has taken over: this one may write nothing more
+    |- NumbersError       a loss or a gradient is not finite, or a loss leaps: the update was not made
     `- WorldError         the processes, devices or precision asked for are not the ones there are
 
 `launcher.main` prints the line and exits with the code; anything else that escapes a recipe is shown
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "DamagedError",
     "LauncherError",
+    "NumbersError",
     "RecipeError",
     "ReplacedError",
     "UsageError",
@@ -29,6 +31,8 @@ class LauncherError(Exception):
     """What went wrong and what to do about it, in one line."""
 
     exit_code = 1
+    kind = "code"
+    """What kind of failure it is: see launcher/failure.py."""
 
 
 class UsageError(LauncherError):
@@ -51,6 +55,12 @@ class DamagedError(CheckpointError):
 
 class ReplacedError(CheckpointError):
     """A newer start of the run has taken it over, and this one may write nothing more."""
+
+
+class NumbersError(LauncherError):
+    """A loss or a gradient is not finite, or a loss leaps, and the run is to stop there."""
+
+    kind = "numbers"
 
 
 class WorldError(LauncherError):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.account import Account
 from launcher.agreement import Agreement, Ballot
 from launcher.data import Feed, Fetched, Loader
+from launcher.errors import NumbersError
+from launcher.examine import Examination
 from launcher.metrics import Metrics
+from launcher.numbers import Bad, spoiled
 from launcher.order import Plan
 from launcher.parallel import set_gradient_sync
 from launcher.signals import Stopped
@@ -37,7 +42,7 @@ class Loop:
     ) -> None:
         self.run, self.metrics, self.single = run, metrics, single
         self.world: World = run.world
-        self.total = total
+        self.guard = run.numbers
         self.first = next(iter(loaders), "")
         self.batch_size = loaders[self.first].batch_size if loaders else None
         self.keep_batches = any(loader.stream is not None for loader in loaders.values())
@@ -45,7 +50,7 @@ class Loop:
         self.counts: dict[str, float] = {}
         self.agreement = Agreement(run.world)
         self.feeds: dict[str, Feed] = {}
-        self._loaders, self._plans = loaders, plans
+        self._loaders, self._plans, self._asked = loaders, plans, total
         self._cursors: dict[str, Any] = {}
         self._step: Step | None = None
         self._synced = True
@@ -55,27 +60,23 @@ class Loop:
     def steps(self) -> Iterator[Step]:
         """The steps from where the run stands. Raises `Stopped` at the edge where the ranks agree to stop."""
         start = index = self.run.completed
-        self._open(start)
-        self.issue(index - 1)
-        while True:
-            ballot = self.agreement.result()
-            self.metrics.settle(ballot)
-            self.run.clock.edge(self.metrics.paused)
-            last = bool(ballot.exhausted or ballot.finish) or (self.total is not None and index >= self.total)
-            save = not last and self.run.saver.due(index, ballot)
-            if last or save or ballot.stop:
-                self.flush()
-            if ballot.stop:
-                raise Stopped
-            if last:
-                break
-            if save:
-                self.run.save()
-            yield self._begin(index, ballot)
-            self._end(index)
-            index += 1
-            if index == start + 1:
-                self.run.saver.prepare(self)
+        self.run.pulse.enter("first step")
+        try:
+            self._open(start)
+            self.issue(index - 1)
+            while True:
+                last = self._edge(index)
+                if self.guard.bad is not None:
+                    index = yield from self._answer(self.guard.bad)
+                    continue
+                if last:
+                    break
+                yield self._begin(index)
+                index = self._conclude(index)
+                if index == start + 1:
+                    self.run.saver.prepare(self)
+        finally:
+            self.run.pulse.enter("end")
         self._ended = True
         self.close()
 
@@ -86,15 +87,18 @@ class Loop:
             RecipeError: on some ranks alone.
         """
         self._left = not self._ended
-        if self.run.mid_step:
-            self._end(self.run.completed)
+        if self.run.mid_step and self.guard.bad is None:
+            self._conclude(self.run.completed)
         self.flush()
+        if self.guard.bad is not None:
+            raise self._account(self.guard.bad).error()
 
     def flush(self) -> None:
         """Bring the metrics up to date: a line must be on disk before a checkpoint of its step is."""
         if self.agreement.pending:
-            self.metrics.settle(self.agreement.result())
-        self.metrics.settle(self.agreement.reduce(self._ballot(self.run.completed, ahead=False)))
+            self._settle(self.agreement.result())
+        self._settle(self.agreement.reduce(self._ballot(self.run.completed, ahead=False)))
+        self._tell()
 
     def issue(self, index: int) -> None:
         """Tell the other ranks what they must know before the step that follows step `index`."""
@@ -106,9 +110,19 @@ class Loop:
             feed.close()
 
     @property
+    def step(self) -> Step | None:
+        """The step whose body is being run."""
+        return self._step
+
+    @property
     def in_step(self) -> bool:
         """Whether a body has taken micro-batches and not ended: its data is spent, its update not made."""
-        return self._step is not None and self._step.taken > 0
+        return self.guard.bad is not None or (self._step is not None and self._step.taken > 0)
+
+    def total(self, index: int) -> int | None:
+        """The steps of the whole run, as they are known at step `index`: bad numbers may leave data out."""
+        plan = self._plans.get(self.first)
+        return self._asked if plan is None or plan.end is None else plan.steps(index)
 
     def cursors(self) -> dict[str, Any]:
         """Where each stream stood on this rank at the last edge."""
@@ -159,12 +173,138 @@ class Loop:
     def _feed_cursors(self) -> dict[str, Any]:
         return {name: feed.cursor for name, feed in self.feeds.items() if self._loaders[name].stream is not None}
 
-    def _begin(self, index: int, ballot: Ballot) -> Step:
-        counted = iter(ballot.counts)
+    def _edge(self, index: int) -> bool:
+        """What happens between two bodies; whether the one before was the last. Bad numbers that came to light are the
+        guard's to tell, and keep what is due otherwise from happening.
+
+        Raises:
+            Stopped: the ranks agree to stop.
+        """
+        self.run.pulse.enter("step" if self.run.stepped else "first step")
+        ballot = self._told = self.agreement.result()
+        self._tell()
+        self._settle(ballot)
+        if self.guard.bad is not None:
+            return False
+        self.run.clock.edge(self.metrics.paused)
+        total = self.total(index)
+        last = bool(ballot.exhausted or ballot.finish) or (total is not None and index >= total)
+        save = not last and self.run.saver.due(index, ballot)
+        if last or save or ballot.stop:
+            self.flush()
+            if self.guard.bad is not None:
+                return False
+        if ballot.stop:
+            raise Stopped
+        if save:
+            self.run.save()
+        return last
+
+    def _begin(self, index: int) -> Step:
+        counted = iter(self._told.counts)
         for name, loader in self._loaders.items():
             self.counts[name] = self._plans[name].size(index) if loader.count is None else next(counted)
+        self.guard.begin()
         self._step = self.run.step_type(self, index)
         return self._step
+
+    def _conclude(self, index: int) -> int:
+        """A body has ended; the steps completed by then: one more, unless its numbers are bad."""
+        assert self._step is not None
+        self.guard.end(self._step)
+        if self.guard.bad is not None:
+            return index
+        self._mark()
+        self._tell()
+        self._end(index)
+        return index + 1
+
+    def _settle(self, ballot: Ballot) -> None:
+        if self.guard.bad is not None:
+            self.metrics.forget(self.guard.bad.step)
+        self.metrics.settle(ballot)
+
+    def _mark(self) -> None:
+        """The line of a step whose update was skipped is written, and says how many there have been."""
+        if self.guard.left_out is not None:
+            step = self.guard.left_out.step + 1
+            self.metrics.mark(step)
+            self.metrics.add(step, {"skipped": self.guard.skipped})
+
+    def _tell(self) -> None:
+        """Tell of an update that was skipped, once all ranks know of it."""
+        bad, self.guard.left_out = self.guard.left_out, None
+        if bad is None:
+            return
+        self.run.print(f"step {bad.step + 1}: update skipped: {self._account(bad).told}")
+        found = [buffer for buffer in self.world.gather(spoiled(self.run.models)) if buffer]
+        if found:
+            raise NumbersError(
+                f"step {bad.step + 1}: it cannot be skipped: its forward pass has left NaN in {found[0]}; go on from "
+                "the last checkpoint with --run.bad-numbers rewind"
+            )
+
+    def _answer(self, bad: Bad) -> Generator[Step, None, int]:
+        """Stop at a bad step, or go back; the step that the run then stands at.
+
+        Raises:
+            NumbersError: it stops.
+        """
+        self.run.completed = bad.step
+        account = self._account(bad)
+        there = self.run.newest_checkpoint() if bad.answer == "rewind" else None
+        if there is None:
+            yield from self._examine(bad, account)
+            raise account.error()
+        self.run.print(f"step {bad.step + 1}: {account.told}; back to {there}, and on without the samples of this step")
+        return self._rewind(bad.step)
+
+    def _account(self, bad: Bad) -> Account:
+        return Account(bad, self._plans, self._loaders, self.world)
+
+    def _examine(self, bad: Bad, account: Account) -> Iterator[Step]:
+        """The bad step once more, with a look into every module on every rank, where the weights are still its own."""
+        kept = bad.body.kept
+        if bad.leap or bad.applied or (self.feeds and self._streams() and len(kept) < self.microbatches(bad.step)):
+            return
+        if self.feeds and not self._streams():
+            kept = list(self.refetch(bad.step))
+        run = self.run
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
+            optimizer.stepped = optimizer.skipped = False
+        examination = Examination(run.models, self.world.rank)
+        self.guard.examining = True
+        try:
+            with examination.attached(eager=run.config.compile != "off"):
+                self._step = run.step_type(self, bad.step)
+                self._step.examine(examination, kept)
+                yield self._step
+        finally:
+            self.guard.examining = False
+        account.examined(examination)
+
+    def _rewind(self, bad: int) -> int:
+        """Back to the newest checkpoint; the step of it. What step `bad` would read is left out from now on."""
+        with self.metrics.pause():
+            self.close()
+            ours = {name: plan.without(bad) for name, plan in self._plans.items()}
+            index = self.run.rewind(self._plans, self._loaders)
+            for name, plan in ours.items():
+                # a checkpoint may have been saved before the batches that this start has left out at its step
+                if index >= plan.base_step:
+                    self._plans[name] = plan
+                else:
+                    self._plans[name] = replace(self._plans[name], left_out=plan.left_out)
+            self.guard.forget()
+            self._step = None
+            self._open(index)
+        self.metrics.rewind(index, bad, self.total(bad), self.run.restored_line)
+        self.issue(index - 1)
+        return index
+
+    def _streams(self) -> bool:
+        return any(loader.stream is not None for loader in self._loaders.values())
 
     def _end(self, index: int) -> None:
         step, self._step = self._step, None
@@ -183,7 +323,8 @@ class Loop:
         """This rank's ballot before step `index`; `ahead`: with what the next step's data must tell."""
         counts: list[float] = []
         exhausted = False
-        wanted = ahead and (self.total is None or index < self.total)
+        total = self.total(index)
+        wanted = ahead and (total is None or index < total)
         for name, loader in self._loaders.items():
             if loader.count is None and loader.stream is None:
                 continue
@@ -192,6 +333,8 @@ class Loop:
             exhausted = exhausted or count is None
             if loader.count is not None:
                 counts.append(count or 0)
+        self.guard.read()
+        self._mark()
         loss, loss_count = self.metrics.loss()
         run = self.run
         stop, finish, writer = run.must_stop(), run.finish_reason is not None, run.saver.writer

@@ -8,6 +8,7 @@ brought up to date.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -148,13 +149,32 @@ class Metrics:
         self._newest = (step, self.line(step) | dict(values))
         if self._file is None:
             return
-        fault = self._file.append(json.dumps({"attempt": self._attempt, "step": step, **values}))
-        if fault is not None:
-            print(f"launcher: metrics are not written, training goes on: {fault}", file=sys.stderr, flush=True)
+        self._append({"step": step, **values})
         if self._bar is not None:
             self._bar.show(step, values)
         if self._track is not None:
             self._track({key: value for key, value in values.items() if isinstance(value, int | float)}, step)
+
+    def forget(self, step: int) -> None:
+        """Behind `step`, which is the last that counts, there is to be no line."""
+        self._last = None if self._last is not None and self._last.step > step else self._last
+        self._sent = None if self._sent is not None and self._sent.step > step else self._sent
+
+    def rewind(self, step: int, bad: int, total: int | None, values: Mapping[str, Any]) -> None:
+        """The run goes on from `step`, whose line has `values`, without the samples of step `bad`.
+
+        A line of its own says so: what this attempt has told of later steps counts for nothing.
+        """
+        self._last = self._sent = None
+        self._values.clear()
+        self._marked.clear()
+        self._total, self._newest = total, (step, dict(values))
+        self._window = Window(time.perf_counter() - self.paused)
+        self.waited = 0.0
+        if self._file is not None:
+            self._append({"step": step, "rewound_from": bad + 1})
+        if self._bar is not None:
+            self._bar.rewind(step, total)
 
     def line(self, step: int) -> dict[str, Any]:
         """What the line of `step` says, if that is the newest."""
@@ -190,6 +210,12 @@ class Metrics:
         if self._bar is not None:
             self._bar.close()
         return self._unwritten - self._written
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        fault = self._file.append(json.dumps({"attempt": self._attempt, **line, **_nulls(line)}, allow_nan=False))
+        if fault is not None:
+            print(f"launcher: metrics are not written, training goes on: {fault}", file=sys.stderr, flush=True)
 
     def _due(self, step: int) -> bool:
         return step % self._log_every == 0 or step in (1, self._total) or step in self._marked
@@ -289,6 +315,13 @@ class Bar:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
 
+    def rewind(self, step: int, total: int | None) -> None:
+        """Go on from an earlier step."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total, self._bar.n = total, step
+            self._bar.refresh()
+
     def print(self, text: str) -> None:
         """Print a line above the bar."""
         if self._bar is None:
@@ -300,6 +333,11 @@ class Bar:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _nulls(values: Mapping[str, Any]) -> dict[str, None]:
+    """What is no number in JSON."""
+    return {key: None for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -27,12 +27,20 @@ class Optimizer:
         self, inner: torch.optim.Optimizer, models: list[nn.Module], scaler: torch.amp.GradScaler | None
     ) -> None:
         self.inner, self.scaler = inner, scaler
+        self.spent = False
+        """Whether the gradients of this pass have been applied; a step may be gone through again, and apply more."""
         self.stepped = self.skipped = False
-        """Whether this step has called `step`, and whether it was skipped: nothing counted, or an fp16 overflow."""
+        """Whether this step has called `step`, and whether it was skipped: nothing counted, an fp16 overflow, or bad
+        numbers."""
+        self.norm: torch.Tensor | None = None
+        """The norm of this pass's gradients, or of more, where they were all clipped by it."""
         self.initial_groups = [hyperparameters(group) for group in inner.param_groups]
         self._replicas = [model for model in models if isinstance(model, Replica)]
         self._factor: Callable[[], float | None] = _outside
+        self._judge: Callable[[], bool | torch.Tensor] = _trusting
         self._finished = False
+        self.sharded = any(is_sharded(parameter) for parameter in self.parameters())
+        """Whether each rank holds, and sees, a part of the gradients."""
         inner.register_step_post_hook(self._applied)
 
     @property
@@ -44,30 +52,54 @@ class Optimizer:
         """Every parameter this optimizer updates."""
         return [parameter for group in self.inner.param_groups for parameter in group["params"]]
 
+    @property
+    def fused(self) -> bool:
+        """Whether a flag on the device can keep it from applying anything, as a GradScaler's does."""
+        return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+
+    @property
+    def pending(self) -> bool:
+        """Whether it has gradients that are whole and not applied."""
+        there = not self.spent and all(replica.synced for replica in self._replicas)
+        return there and any(parameter.grad is not None for parameter in self.parameters())
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def step(self) -> None:
-        """Update the parameters, or skip the update where nothing was counted or fp16 overflowed.
+        """Update the parameters, or skip the update where nothing was counted, fp16 overflowed or numbers are bad.
 
         Raises:
             RecipeError: no synchronised backward stands behind the gradients.
         """
-        whole = self.finish_gradients()
-        self.stepped = self.skipped = True
-        if whole and self.scaler is None:
-            self.inner.step()
-        elif whole and self.scaler is not None:
+        sound = self.finish_gradients() and self._judge()
+        self.stepped = self.skipped = self.spent = True
+        if sound is False:
+            return
+        if self.scaler is not None:
             self.scaler.step(self.inner)
             # a fused optimizer is called all the same, and skips in its kernel
             found = self.scaler._per_optimizer_states[id(self.inner)]["found_inf_per_device"]
             self.skipped = any(flag.item() for flag in found.values())
+        elif sound is not True and self.fused:
+            self.inner.found_inf = sound  # type: ignore[attr-defined]  # what its kernel is to look at
+            try:
+                self.inner.step()
+            finally:
+                del self.inner.found_inf  # type: ignore[attr-defined]
+        else:
+            self.inner.step()
 
-    def begin(self, factor: Callable[[], float | None]) -> None:
-        """Begin a pass over a step's micro-batches; `factor` is what its gradients must be multiplied with at the end,
-        None where there is nothing to apply."""
-        self._factor, self._finished = factor, False
+    def begin(self, factor: Callable[[], float | None], judge: Callable[[], bool | torch.Tensor]) -> None:
+        """Begin a pass over a step's micro-batches.
+
+        Args:
+            factor: what its gradients must be multiplied with at the end, None where there is nothing to apply.
+            judge: whether they may be applied, once they are whole; or a flag on the device, 1.0 where not.
+        """
+        self._factor, self._judge, self._finished, self.norm = factor, judge, False, None
+        self.spent = False
         for replica in self._replicas:
             replica.synced = False
 
@@ -100,18 +132,20 @@ class Optimizer:
 
     def _agree_on_overflow(self, scaler: torch.amp.GradScaler) -> None:
         """A shard sees only its own overflow; all ranks must skip, or none."""
-        if any(is_sharded(parameter) for parameter in self.parameters()):
+        if self.sharded:
             for found in scaler._per_optimizer_states[id(self.inner)]["found_inf_per_device"].values():
                 dist.all_reduce(local(found), op=dist.ReduceOp.MAX)
 
 
-def update_scaler(scaler: torch.amp.GradScaler) -> None:
+def update_scaler(scaler: torch.amp.GradScaler, *, moves: bool = True) -> None:
     """Move the scale, at a step's end, by what the gradients were found to be; none may have been looked at.
+
+    Without `moves` it stays: what was found is not for the scale to mend.
 
     The scaler's own `update` wants every optimizer unscaled and stepped; a step may have skipped one after clipping.
     """
     states = scaler._per_optimizer_states
-    if any(state["found_inf_per_device"] for state in states.values()):
+    if moves and any(state["found_inf_per_device"] for state in states.values()):
         scaler.update()
     states.clear()
 
@@ -124,6 +158,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     """A parameter group without its parameters."""
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _trusting() -> bool:
+    return True
 
 
 def _outside() -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -101,8 +101,9 @@ class Slot(NamedTuple):
 class Plan:
     """How positions become steps, and micro-batches go to ranks: micro-batch j to rank j modulo the world size.
 
-    Step s holds `batch_size` positions from `base + (s - base_step) * batch_size`; the base moves only when a resumed
-    run changes its batch size. With `end`, the last batch is the short one that reaches it.
+    Step s holds `batch_size` positions from `base + (s - base_step) * batch_size`; the base moves when a resumed run
+    changes its batch size, and past the batches that are left out: at each step of `left_out` (one that is there twice
+    counts twice), those that the step would have held. With `end`, the last batch is the short one that reaches it.
     """
 
     batch_size: int
@@ -110,26 +111,43 @@ class Plan:
     end: int | None = None
     base: int = 0
     base_step: int = 0
+    left_out: tuple[int, ...] = ()
 
     def start(self, step: int) -> int:
-        """The first position of a step; also the number of samples seen before it."""
-        start = self.base + (step - self.base_step) * self.batch_size
-        return start if self.end is None else min(start, self.end)
+        """The first position of a step; also the number of samples seen, or left out, before it."""
+        return self._clip(self._start(step))
+
+    def stop(self, step: int) -> int:
+        """The position behind a step's last."""
+        return self._clip(self._start(step) + self.batch_size)
 
     def size(self, step: int) -> int:
         """Samples in a step: the batch size, less in a last short batch, 0 past the end."""
-        return self.start(step + 1) - self.start(step)
+        return self.stop(step) - self.start(step)
 
-    def steps(self) -> int | None:
-        """The number of steps until `end`, None without one."""
-        return None if self.end is None else self.base_step + -(-(self.end - self.base) // self.batch_size)
+    def steps(self, known: int | None = None) -> int | None:
+        """The number of steps until `end`, None without one; `known`: as it is known at that step, before which
+        nobody knows of what is left out later."""
+        if self.end is None:
+            return None
+        gone = sum(known is None or step <= known for step in self.left_out)
+        return self.base_step + -(-(self.end - self.base) // self.batch_size) - gone
+
+    def without(self, step: int) -> Plan:
+        """The same with the batch that `step` would hold left out: it holds the next."""
+        return replace(self, left_out=(*self.left_out, step))
 
     def share(self, step: int, rank: int, world_size: int) -> list[Slot]:
         """The micro-batches of a step that a rank runs, in order; every rank gets as many."""
-        start, stop = self.start(step), self.start(step + 1)
+        start, stop = self.start(step), self.stop(step)
         total = -(-(stop - start) // self.microbatch_size)
         end = self.microbatches(step, world_size) * world_size
         return [self._slot(step, j, total, start, stop) for j in range(rank, end, world_size)]
+
+    def slot(self, step: int, microbatch: int) -> Slot:
+        """A micro-batch of a step."""
+        start, stop = self.start(step), self.stop(step)
+        return self._slot(step, microbatch, -(-(stop - start) // self.microbatch_size), start, stop)
 
     def microbatches(self, step: int, world_size: int) -> int:
         """Micro-batches that each rank runs in a step, padding included."""
@@ -140,6 +158,13 @@ class Plan:
         while self.size(step):
             yield from self.share(step, rank, world_size)
             step += 1
+
+    def _start(self, step: int) -> int:
+        gone = sum(one <= step for one in self.left_out) if self.left_out else 0
+        return self.base + (step - self.base_step + gone) * self.batch_size
+
+    def _clip(self, position: int) -> int:
+        return position if self.end is None else min(position, self.end)
 
     def _slot(self, step: int, index: int, total: int, start: int, stop: int) -> Slot:
         if index >= total:

@@ -17,6 +17,7 @@ from launcher.checkpoint.state import check_state, flattened
 from launcher.config import check_resume
 from launcher.data import Loader
 from launcher.errors import CheckpointError, DamagedError, LauncherError, UsageError
+from launcher.numbers import check_state as check_numbers
 from launcher.order import Plan
 from launcher.rundir import RunDir
 from launcher.save import state_of_models
@@ -50,6 +51,8 @@ class Restorer:
         """Where each stream goes on, on this rank."""
         self.metrics: dict[str, Any] = {}
         """The metrics line of the step that was restored."""
+        self.numbers: dict[str, Any] = {}
+        """What it keeps of bad numbers."""
         self.own = False
         """Whether that is of this run's own checkpoints."""
         self._matched: set[str] = set()
@@ -105,13 +108,8 @@ class Restorer:
             return self._load(given, plans, loaders)
         if run.config.resume == "never":
             return 0
-        while (path := self._newest()) is not None:
-            try:
-                return self._load(path, plans, loaders)
-            except DamagedError as error:
-                damage = error
-            [aside, *_] = agreed(run.world, partial(self._set_aside, path, damage))
-            run.print(f"launcher: PASSED OVER {path.name}, which is now {aside}: {damage}")
+        if (step := self.restore_newest(plans, loaders)) is not None:
+            return step
         if bad := self._damaged():
             raise CheckpointError(
                 f"no checkpoint in {self._store.root} is whole, damaged: {', '.join(bad)}: bring one back (one that is "
@@ -121,6 +119,23 @@ class Restorer:
         if self._attempt > 1:
             run.print("launcher: the run has no checkpoint yet: it begins with step 0")
         return 0
+
+    def restore_newest(self, plans: dict[str, Plan], loaders: Mapping[str, Loader[Any]]) -> int | None:
+        """Take over the run's own newest checkpoint that is whole; the completed steps, None if there is none."""
+        run = self._run
+        while (path := self.newest()) is not None:
+            try:
+                return self._load(path, plans, loaders)
+            except DamagedError as error:
+                damage = error
+            [aside, *_] = agreed(run.world, partial(self._set_aside, path, damage))
+            run.print(f"launcher: PASSED OVER {path.name}, which is now {aside}: {damage}")
+        return None
+
+    def newest(self) -> Path | None:
+        """The run's newest checkpoint, as rank 0 sees it."""
+        newest: Path | None = self._run.world.broadcast(self._store.newest() if self._run.is_main else None)
+        return newest
 
     def _named(self, name: str, state: checkpoint.State) -> set[str]:
         """The model's tensors that `--run.init-only` names, themselves or by what is tied to them; all without it."""
@@ -157,18 +172,13 @@ class Restorer:
             return self._store.set_aside(path).name
         raise CheckpointError(f"{damage}; but rank 0 finds {path.name} whole: look at the other machine's disks")
 
-    def _newest(self) -> Path | None:
-        """The run's newest checkpoint, as rank 0 sees it."""
-        newest: Path | None = self._run.world.broadcast(self._store.newest() if self._run.is_main else None)
-        return newest
-
     def _damaged(self) -> list[str]:
         """What was set aside, as rank 0 sees it."""
         return self._run.world.broadcast([path.name for path in self._store.bad()] if self._run.is_main else [])
 
     def _given(self) -> Path | None:
         """The checkpoint that `--run.resume` names, where the run does not go on from one of its own."""
-        run, choice, newest = self._run, self._run.config.resume, self._newest()
+        run, choice, newest = self._run, self._run.config.resume, self.newest()
         if choice == "never" and newest is not None:
             raise UsageError(f"--run.resume never, but {self._rundir.path} holds {newest.name}: take another --run.dir")
         if choice in ("auto", "never") or (newest is None and self._damaged()):
@@ -191,6 +201,7 @@ class Restorer:
         def prepare() -> _Prepared:
             index = checkpoint.read_index(path)
             self._check(index, path, sizes)
+            check_numbers(index.values.get("numbers"))
             return self._prepare(index)
 
         mine: list[_Prepared] = []
@@ -209,6 +220,7 @@ class Restorer:
             seen = index.values["loaders"][name]["samples_seen"]
             plans[name] = Plan(plan.batch_size, plan.microbatch_size, plan.end, base=seen, base_step=index.step)
         self.own = path.parent.samefile(self._store.root) if self._store.root.exists() else False
+        self.numbers = index.values.get("numbers", {})
         line = index.facts.get("metrics")
         self.metrics = line if isinstance(line, dict) else {}
         run.print(f"resumed from {path} at step {index.step}")

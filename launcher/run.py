@@ -20,10 +20,12 @@ from launcher.batches import plan_steps
 from launcher.clock import Clock
 from launcher.config import RunConfig
 from launcher.data import Loader
-from launcher.errors import LauncherError, RecipeError, UsageError
+from launcher.errors import CheckpointError, LauncherError, RecipeError, UsageError
 from launcher.loop import Loop
 from launcher.metrics import Bar, Metrics, checked
+from launcher.numbers import Guard
 from launcher.optim import Optimizer, update_scaler
+from launcher.order import Plan
 from launcher.parallel import Blocks, all_gather, wrap
 from launcher.restore import Restorer
 from launcher.rundir import RunDir
@@ -32,6 +34,7 @@ from launcher.seeds import WEIGHTS, kept_host_generators, mix, seed_host
 from launcher.signals import Signals, Stopped
 from launcher.state import ExtraState, frozen_digest, parameter_names
 from launcher.step import Step
+from launcher.watchdog import Pulse
 from launcher.world import World
 
 if TYPE_CHECKING:
@@ -72,6 +75,8 @@ class Run:
         self.stepped = False
         """Whether this start has completed a step."""
         self.finish_reason: str | None = None
+        self.numbers = Guard(self)
+        self.pulse = Pulse()
         self.clock = Clock(os.environ, save_seconds=rundir.read().get("save_seconds") if world.is_main else None)
         self._accelerator, self._rundir, self._attempt = accelerator, rundir, attempt
         self.saver = Saver(self, rundir, attempt, settings)
@@ -245,7 +250,10 @@ class Run:
         loaders = dict(data) if isinstance(data, Mapping) else {} if data is None else {data.name: data}
         plans = plan_steps(loaders, self.world_size, total=total, epochs=epochs)
         self._say_caveats(loaders)
-        self.completed = self._restorer.restore(plans, loaders)
+        self._check_rewind(loaders)
+        with self.pulse.during("restore"):
+            self.completed = self._restorer.restore(plans, loaders)
+        self.numbers.restore(self._restorer.numbers)
         self.saver.begin(self.completed, own=self._restorer.own)
         if epochs is not None:
             total = plans[next(iter(plans))].steps()
@@ -279,7 +287,7 @@ class Run:
         gradients are kept in here; both are restored, also when the ranks agree to stop inside.
         """
         begun = time.perf_counter()
-        with self._metrics.pause() if self._metrics is not None else nullcontext():
+        with self.pulse.during("scoring"), self._metrics.pause() if self._metrics is not None else nullcontext():
             means = average(self, score, data)
         self.clock.evaluated(time.perf_counter() - begun)
         return means
@@ -287,7 +295,7 @@ class Run:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients, rank 0's buffers on every rank; restored afterwards. For sampling, say."""
-        with evaluating(self):
+        with self.pulse.during("evaluation"), evaluating(self):
             yield
 
     def mean(self, value: torch.Tensor | float) -> torch.Tensor:
@@ -343,15 +351,50 @@ class Run:
         """All ranks have agreed to stop here: save, to go on from here."""
         if self._loop is not None:
             self._loop.flush()
-        self._finish_saving()
+        if self.numbers.bad is not None:  # found while stopping: the next start meets it again, and answers
+            self.saver.settle()
+        else:
+            self._finish_saving()
 
     def save(self) -> None:
         """Begin to write a checkpoint of the completed steps; training goes on, whatever becomes of it."""
         assert self._loop is not None
-        with self._loop.metrics.pause():
+        with self.pulse.during("save"), self._loop.metrics.pause():
             self.saver.start(self._loop)
 
+    def newest_checkpoint(self) -> str | None:
+        """The name of the run's newest checkpoint, after the save in progress; None if there is none."""
+        self.saver.settle()
+        newest = self._restorer.newest()
+        return None if newest is None else newest.name
+
+    def rewind(self, plans: dict[str, Plan], loaders: Mapping[str, Loader[Any]]) -> int:
+        """Go back to the newest checkpoint that is whole; the completed steps. `plans` are moved to go on from there.
+
+        Raises:
+            CheckpointError: none is.
+        """
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            optimizer.inner.state.clear()  # a moment that the checkpoint does not have was made since
+            optimizer.stepped = optimizer.skipped = False
+        self.finish_reason = None
+        with self.pulse.during("restore"):
+            step = self._restorer.restore_newest(plans, loaders)
+        if step is None:
+            raise CheckpointError(f"no checkpoint of {self.dir} is whole any more: there is none to go back to")
+        self.numbers.restore(self._restorer.numbers, rewind=True)
+        self.saver.begin(step, own=True)
+        self.completed = step
+        return step
+
+    @property
+    def restored_line(self) -> Mapping[str, Any]:
+        """The metrics line of the step that was restored last."""
+        return self._restorer.metrics
+
     def _finish_saving(self) -> None:
+        self.pulse.enter("end")
         with self._metrics.pause() if self._metrics is not None else nullcontext():
             self.saver.finish(self._loop)
 
@@ -380,12 +423,12 @@ class Run:
     def end_step(self, index: int) -> None:
         """A body has ended: the state is whole again."""
         for optimizer in self.optimizers:
-            if optimizer.skipped:
+            if optimizer.skipped and not self.numbers.refused:
                 self.print(
                     f"step {index + 1}: update skipped: {'fp16 overflow' if self.scaler else 'nothing was counted'}"
                 )
         if self.scaler is not None:
-            update_scaler(self.scaler)
+            update_scaler(self.scaler, moves=not self.numbers.refused)
         for optimizer in self.optimizers:
             optimizer.stepped = optimizer.skipped = False
         self.completed = index + 1
@@ -410,6 +453,17 @@ class Run:
                 print(
                     f"launcher: never in a metrics line that was due: {', '.join(sorted(unwritten))}: use step.every()"
                 )
+
+    def _check_rewind(self, loaders: Mapping[str, Loader[Any]]) -> None:
+        """Samples can only be left out where they have places of their own."""
+        if self.config.bad_numbers != "rewind":
+            return
+        streams = [name for name, loader in loaders.items() if loader.stream is not None]
+        if streams or not loaders:
+            what = (
+                f"{streams[0]!r} is a stream, which is read forward" if streams else "the recipe makes its data itself"
+            )
+            raise UsageError(f"--run.bad-numbers rewind leaves samples out, and {what}: take skip, or stop")
 
     def _say_caveats(self, loaders: Mapping[str, Loader[Any]]) -> None:
         for name, loader in loaders.items():

@@ -9,11 +9,13 @@ the highest may write. Files appear whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import secrets
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +23,12 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from launcher.errors import LauncherError, UsageError
 from launcher.source import code_patch, describe_code, strip_credentials
 
-__all__ = ["RunDir", "Status"]
+__all__ = ["RunDir", "Status", "here", "open_regular"]
 
 Status = Literal["pending", "running", "finished", "preempted", "failed", "cancelled"]
 """`pending`: submitted, and never started since."""
@@ -40,6 +42,25 @@ ENVIRONMENT = (
     *("SLURM_RESTART_COUNT", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "HF_HUB_OFFLINE"),
 )
 LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look alike
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read; what else has its name (a pipe, say, which waits for its other end) is refused.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller's to close
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return file
+
+
+def here() -> dict[str, str]:
+    """This host and the time."""
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as SLURM names it, to be excluded by
+    return {"host": host, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
 
 
 class RunDir:
@@ -189,7 +210,7 @@ class RunDir:
         facts = {"rank": rank, "step": step, "error": strip_credentials(error), "kind": kind, "retry": retry}
         try:
             with open(self.path / "attempts" / str(attempt) / "failed", "x", encoding="utf-8") as file:
-                file.write(_json({**facts, **_here()}).decode())
+                file.write(_json({**facts, **here()}).decode())
         except FileExistsError:
             return False
         except OSError:  # a full disk, perhaps the very failure: then every rank tells its own
@@ -203,18 +224,55 @@ class RunDir:
         except LauncherError:  # cut off while it was written
             return {}
 
-    def record_exit(self, attempt: int, *, rank: int, status: Status, step: int | None, reason: str = "") -> None:
+    def record_exit(
+        self, attempt: int, *, rank: int, status: Status, step: int | None, reason: str = "", **more: Any
+    ) -> None:
         """Write down why a rank leaves: an exit code cannot say it."""
-        facts = {"rank": rank, "status": status, "step": step, "reason": strip_credentials(reason)}
-        self._store(f"attempts/{attempt}/exit-{rank:05d}.json", _json({**facts, **_here()}))
+        facts = {"rank": rank, "status": status, "step": step, "reason": strip_credentials(reason), **more}
+        self._store(f"attempts/{attempt}/exit-{rank:05d}.json", _json({**facts, **here()}))
+
+    def record_rank(self, attempt: int, rank: int, facts: Mapping[str, Any]) -> None:
+        """Write down what a rank is, at its start: see launcher/witness.py."""
+        self._store(f"attempts/{attempt}/rank-{rank:05d}.json", _json(facts))
+
+    def record_error(self, attempt: int, rank: int, facts: Mapping[str, Any]) -> None:
+        """Write down why a rank fails: see launcher/witness.py."""
+        self._store(f"attempts/{attempt}/error-{rank:05d}.json", _json(facts))
+
+    def record_end(self, attempt: int, codes: Mapping[int, int], said: str) -> None:
+        """Write down what the parent of local ranks has seen: exit codes by rank, and what accelerate printed."""
+        codes_by_rank = {str(rank): code for rank, code in codes.items()}
+        self._store(f"attempts/{attempt}/codes.json", _json({"codes": codes_by_rank, **here()}))
+        if said:
+            self._store(f"attempts/{attempt}/agent.txt", said.encode(errors="replace"))
 
     def record_signal(self, attempt: int, *, rank: int, name: str) -> None:
         """Write down that a rank has seen its first stop signal."""
-        self._store(f"attempts/{attempt}/signal-{rank:05d}.json", _json({"rank": rank, "signal": name, **_here()}))
+        self._store(f"attempts/{attempt}/signal-{rank:05d}.json", _json({"rank": rank, "signal": name, **here()}))
 
     def record_step(self, attempt: int, step: int) -> None:
         """Write down that an attempt has completed its first step."""
-        self._store(f"attempts/{attempt}/stepped", _json({"step": step, **_here()}))
+        self._store(f"attempts/{attempt}/stepped", _json({"step": step, **here()}))
+
+    def record_hang(self, attempt: int, rank: int, facts: Mapping[str, Any]) -> None:
+        """Write down where a rank stands that makes no progress."""
+        self._store(f"attempts/{attempt}/hang-{rank:05d}.json", _json(facts))
+
+    def hanging(self, attempt: int) -> list[int]:
+        """The ranks that have written that; by a listing, which a shared filesystem has fresher than a look-up."""
+        try:
+            names = os.listdir(self.path / "attempts" / str(attempt))
+        except OSError:
+            return []
+        return [int(name[5:-5]) for name in names if name.startswith("hang-") and name[5:-5].isdigit()]
+
+    def hangs(self, attempt: int) -> dict[int, dict[str, Any]]:
+        """What they have written, by rank."""
+        found = {}
+        for rank in self.hanging(attempt):
+            with suppress(LauncherError):
+                found[rank] = self._load(f"attempts/{attempt}/hang-{rank:05d}.json") or {}
+        return found
 
     def left(self, attempt: int, status: Status) -> bool:
         """Whether a rank of an attempt has left with this status."""
@@ -248,7 +306,8 @@ class RunDir:
     def _load(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            loaded = json.loads(path.read_bytes())
+            with open_regular(path) as file:
+                loaded = json.loads(file.read())
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -316,11 +375,6 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _here() -> dict[str, str]:
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as SLURM names it, to be excluded by
-    return {"host": host, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
 
 
 def _now() -> str:

@@ -131,6 +131,10 @@ class Saver:
         if self.published != run.completed:
             raise CheckpointError(outcome.error if outcome is not None and outcome.error else "the save was lost")
 
+    def settle(self) -> None:
+        """Wait for the save in progress, on all ranks."""
+        self._settle()
+
     def close(self) -> None:
         """A run that leaves by a failure lets the save in progress end: its state was whole."""
         self.writer.wait(GRACE)
@@ -139,6 +143,7 @@ class Saver:
         """Wait until no rank is writing; whether the thread of a rank was lost meanwhile."""
         world = self._run.world
         while True:
+            self._run.pulse.beats += 1  # however slow the disk is
             self.writer.wait(1.0)
             busy, broken = world.sum(float(self.writer.busy), float(self.writer.broken))
             if broken:
@@ -186,6 +191,8 @@ class Saver:
             "frozen": run.frozen,
             "batch_coupled": _batch_coupled(run.models),
         }
+        if numbers := run.numbers.state():
+            state.values["numbers"] = numbers
         state.exceptions = tuple(self._exceptions())
         if run.scaler is not None:
             state.values["scaler"] = run.scaler.state_dict()

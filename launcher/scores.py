@@ -10,13 +10,16 @@ from launcher.errors import LauncherError
 
 __all__ = ["scores"]
 
+REWOUND = '"rewound_from"'
+
 
 def scores(path: Path, metric: str) -> dict[int, float]:
     """The values of `metric` in the metrics file at `path`, by step; none where there is no file.
 
     Of one step the latest attempt that tells the metric counts, and of its lines the last. What an attempt told of
-    steps behind the one from which a later attempt went on counts for nothing: the later one trains them anew. A line
-    that was cut by a kill, and a value that is no number, are passed over.
+    steps behind the one from which a later attempt went on counts for nothing: the later one trains them anew. So it is
+    with what was told before a line that says `rewound_from`, of steps behind that line's own. A line that was cut by a
+    kill, and a value that is no number, are passed over.
 
     Raises:
         LauncherError: the file is there and cannot be read.
@@ -30,6 +33,8 @@ def scores(path: Path, metric: str) -> dict[int, float]:
                 head = text.partition(",")[0]
                 if head not in begun and (first := _parsed(text, None)) is not None:
                     begun[head] = (first[1], first[0])
+                if REWOUND in text and (back := _parsed(text, "rewound_from")) is not None:
+                    found = {step: one for step, one in found.items() if step <= back[0] or one[0] > back[1]}
                 if needle in text and (line := _parsed(text, metric)) is not None:
                     step, attempt, value = line
                     if attempt >= found.get(step, (attempt, value))[0]:

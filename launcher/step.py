@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from torch import nn
 
 from launcher.data import Fetched
 from launcher.errors import RecipeError
-from launcher.optim import clip_gradients
+from launcher.examine import Examination, Finding
+from launcher.optim import Optimizer, clip_gradients
 from launcher.order import Slot
 from launcher.seeds import seed_microbatch
 
@@ -36,6 +38,8 @@ class Step:
     _current: Fetched | None = None
     _last = False
     _passes = 0
+    _backwards = 0
+    _examination: Examination | None = None
     _split_count = 0.0
     _synced = False  # whether this pass had its synchronised backward
     _told: bool | None = None  # whether the losses of this pass bring their counts
@@ -47,8 +51,9 @@ class Step:
         """Completed optimizer steps so far; the weights have seen this many updates."""
         self._loop = loop
         self._kept: list[tuple[Fetched, ...]] = []
+        self._doubts: list[tuple[int, Slot, torch.Tensor]] = []  # losses that are, or on a GPU may be, not finite
         for optimizer in loop.run.optimizers:
-            optimizer.begin(self.factor)
+            optimizer.begin(self.factor, self.judge)
         # what a body draws before its micro-batches; data that it generates is each rank's own
         seed_microbatch(loop.run.seed, index, -1 if loop.feeds else loop.world.rank, loop.world.device)
 
@@ -64,13 +69,14 @@ class Step:
         Raises:
             RecipeError: nobody knows, because a stream's end decides.
         """
-        if self._loop.total is None:
+        total = self._loop.total(self.index)
+        if total is None:
             raise RecipeError("step.total: run.steps was given no total=, and a stream's end is not known")
-        return self._loop.total
+        return total
 
     def every(self, steps: int) -> bool:
         """Whether this step's index is a multiple of `steps` (0: never); what it logs is then always written."""
-        due = steps > 0 and self.index % steps == 0
+        due = steps > 0 and self.index % steps == 0 and self._examination is None
         if due:
             self._loop.metrics.mark(self.index + bool(self._passes))
         return due
@@ -93,7 +99,7 @@ class Step:
             raise RecipeError("run.steps() was given no loader: use `for batch in step.split(batch, microbatch_size)`")
         loop = self._loop
         number = loop.microbatches(self.index)
-        again = self._again() if self._passes else None
+        again = self._again() if self._passes or self._examination is not None else None
         self._begin_pass()
         for k in range(number):
             entry = self._take() if again is None else again[k]
@@ -150,9 +156,13 @@ class Step:
         if self._last and not self._loop.agreement.pending:
             self._loop.issue(self.index)
         gradient = self._loop.constant(scale, loss)  # cheaper than a multiplication, which autograd would record too
+        gradient = self._doubted(loss.detach(), gradient) if scale else gradient
         scaler = self._loop.run.scaler
         loss.backward(gradient if scaler is None else scaler.scale(gradient))
         self._synced = self._synced or self._last
+        self._backwards += 1
+        if self._last and self._examination is not None:
+            self._examination.gradients()
 
     def clip(self, max_norm: float, model: nn.Module | None = None) -> torch.Tensor:
         """Scale the gradients (of one model, or of all) to a 2-norm of at most `max_norm`; returns the norm before.
@@ -161,12 +171,18 @@ class Step:
         """
         chosen = None if model is None else {id(parameter) for parameter in model.parameters()}
         parameters: list[nn.Parameter] = []
+        clipped: list[Optimizer] = []
         for optimizer in self._loop.run.optimizers:
-            mine = [p for p in optimizer.parameters() if chosen is None or id(p) in chosen]
-            if not optimizer.stepped and any(parameter.grad is not None for parameter in mine):
+            everything = optimizer.parameters()
+            mine = everything if chosen is None else [p for p in everything if id(p) in chosen]
+            if not optimizer.spent and any(parameter.grad is not None for parameter in mine):
                 optimizer.finish_gradients()
                 parameters += mine
-        return clip_gradients(parameters, max_norm)
+                clipped += [optimizer] if len(mine) == len(everything) else []
+        norm = clip_gradients(parameters, max_norm)
+        for optimizer in clipped:
+            optimizer.norm = norm
+        return norm
 
     def factor(self) -> float | None:
         """What the gradients must still be multiplied with before they are applied; None: skip the update."""
@@ -180,6 +196,52 @@ class Step:
         if self._late_total is None:
             [self._late_total] = self._loop.world.sum(self._late)
         return self._prescale() / self._late_total if self._late_total else None
+
+    def judge(self) -> bool | torch.Tensor:
+        """Whether the gradients may be applied, or a flag on the device: see `Guard.judge`."""
+        return self._loop.run.numbers.judge(self)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How far the body has come: passes begun, backwards made."""
+        return self._passes, self._backwards
+
+    def bad_losses(self) -> list[Finding]:
+        """The losses on this rank that are not finite; makes the host wait."""
+        found = []
+        for iteration, slot, loss in self._doubts:
+            if not math.isfinite(value := loss.item()):
+                what = "the loss is not finite" if loss.is_cuda else f"the loss is {value}"
+                found.append(Finding(False, iteration, slot.microbatch, self._loop.world.rank, what, slot))
+        return found
+
+    def examine(self, examination: Examination, kept: list[tuple[Fetched, ...]]) -> None:
+        """Look into this step, which runs once more on the micro-batches that it had; nothing may stop it midway."""
+        self._examination, self._kept = examination, kept
+        self.taken = 1
+
+    @property
+    def kept(self) -> list[tuple[Fetched, ...]]:
+        """The micro-batches taken so far, where the loop keeps them."""
+        return self._kept
+
+    def _doubted(self, loss: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient that a loss is to begin with: NaN for one that is not finite, so that all ranks get to know.
+
+        Shapes: both 0-d. On a GPU that is for the GPU to see.
+        """
+        assert self._current is not None
+        place = (self._passes - 1, self._current.slot)
+        if self._examination is not None:
+            self._examination.loss(loss)
+        if loss.is_cuda:
+            doubt = loss - loss
+            self._doubts.append((*place, doubt))
+            return gradient + doubt
+        if math.isfinite(loss.item()):
+            return gradient
+        self._doubts.append((*place, loss))
+        return gradient * torch.nan
 
     def _count_of(self, name: str | None) -> float:
         return self._loop.counts[name or self._loop.first] if self._loop.feeds else self._split_count
@@ -216,7 +278,7 @@ class Step:
         self._passes += 1
         self._synced, self._told, self._late, self._late_total = False, None, None, None
         for optimizer in self._loop.run.optimizers:
-            optimizer.begin(self.factor)
+            optimizer.begin(self.factor, self.judge)
 
     def _take(self) -> tuple[Fetched, ...]:
         """The next micro-batch of every loader."""
@@ -231,7 +293,7 @@ class Step:
 
     def _again(self) -> list[tuple[Fetched, ...]]:
         """The same micro-batches once more: fetched anew the first time, kept at hand in every step after that."""
-        if not self._loop.keep_batches:
+        if not self._loop.keep_batches and self._examination is None:
             self._loop.keep_batches = True
             self._kept = list(self._loop.refetch(self.index))
         return self._kept
@@ -240,6 +302,9 @@ class Step:
         """Make this the current micro-batch; what is drawn in it depends on its place, not on its rank."""
         loop = self._loop
         self._current, self.local_count, self._last = fetched, fetched.local_count, last
+        loop.run.pulse.beats += 1
+        if self._examination is not None:
+            self._examination.enter(self._passes - 1, fetched.slot, fetched.batch)
         loop.sync_gradients(last)
         seed_microbatch(
             loop.run.seed, self.index, fetched.slot.microbatch, loop.world.device, iteration=self._passes - 1

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from launcher.errors import UsageError
 from launcher.order import Slot
 from launcher.signals import ignore_signals
+from launcher.stacks import answer
 from launcher.world import World
 
 __all__ = ["Stream", "is_stream"]
@@ -122,3 +123,4 @@ def _shuffles(data: Any) -> bool:
 
 def _start_worker(_: int) -> None:
     ignore_signals()
+    answer()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from launcher import flight
+from launcher.checkin import CheckIn
 from launcher.config import RunConfig
 from launcher.errors import UsageError, WorldError
 
@@ -40,6 +43,8 @@ class World:
     local_world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     group: dist.ProcessGroup | None = None
+    hosts: tuple[str, ...] = ()
+    """Every rank's machine; nothing in a single process."""
 
     @property
     def is_main(self) -> bool:
@@ -86,8 +91,8 @@ def connect(run: RunConfig, environ: Mapping[str, str]) -> tuple[World, Accelera
 
     Raises:
         UsageError: the environment is half set, or the precision does not exist on this device.
-        WorldError: Accelerate came up with another world than the environment promises, or a job that asked for GPUs
-            has none.
+        WorldError: Accelerate came up with another world than the environment promises, a job that asked for GPUs has
+            none, or a rank did not come.
     """
     rank, world_size, local_rank, local_world_size = _ranks(environ)
     cuda = torch.cuda.is_available() and environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
@@ -102,6 +107,10 @@ def connect(run: RunConfig, environ: Mapping[str, str]) -> tuple[World, Accelera
         raise WorldError(
             f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; ask for fewer"
         )
+    check_in = None
+    if world_size > 1:
+        check_in = CheckIn(rank, world_size, local_world_size, environ)
+        _join(check_in, _backend(cuda), run.join_within)
     accelerator = _accelerator(run, cuda, "LOCAL_RANK" in environ)
     if (accelerator.num_processes, accelerator.process_index) != (world_size, rank):
         raise WorldError(
@@ -110,13 +119,15 @@ def connect(run: RunConfig, environ: Mapping[str, str]) -> tuple[World, Accelera
         )
     if world_size == 1 and run.shard != "none" and not dist.is_initialized():  # FSDP2 wants a mesh, if only of one
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            _backend(cuda),
             store=dist.HashStore(),  # type: ignore[attr-defined]
             rank=0,
             world_size=1,
         )
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
-    return World(rank, world_size, local_rank, local_world_size, accelerator.device, group), accelerator
+    world = World(rank, world_size, local_rank, local_world_size, accelerator.device)
+    if check_in is not None:
+        world = replace(world, group=_host_group(check_in, run.join_within), hosts=check_in.hosts)
+    return world, accelerator
 
 
 def disconnect() -> None:
@@ -138,14 +149,56 @@ def _ranks(environ: Mapping[str, str]) -> tuple[int, int, int, int]:
         ) from None
 
 
+def _backend(cuda: bool) -> str:
+    return "cpu:gloo,cuda:nccl" if cuda else "gloo"
+
+
+def _join(check_in: CheckIn, backend: str, seconds: float) -> None:
+    """Make the process group that Accelerate then finds; who cannot be reached is given up after `seconds`."""
+    flight.switch_on()
+    check_in.come(seconds)
+    with _reaching(check_in):
+        dist.init_process_group(
+            backend,
+            store=check_in.store,
+            rank=check_in.rank,
+            world_size=check_in.world_size,
+            timeout=timedelta(seconds=seconds),
+        )
+    _set_timeout(dist.group.WORLD)
+
+
+def _host_group(check_in: CheckIn, seconds: float) -> dist.ProcessGroup:
+    """The host-side group, with every rank in it."""
+    patience = timedelta(seconds=seconds)
+    with _reaching(check_in):
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=patience)
+        dist.monitored_barrier(group, timeout=patience, wait_all_ranks=True)
+    _set_timeout(group)
+    return group
+
+
+@contextmanager
+def _reaching(check_in: CheckIn) -> Iterator[None]:
+    """Tell in one line that a rank which had come to the store cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorldError(check_in.unreached(str(error))) from error
+
+
+def _set_timeout(group: dist.ProcessGroup | None) -> None:
+    """Of a group's collectives, once it is up."""
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+
+
 def _accelerator(run: RunConfig, cuda: bool, distributed: bool) -> Accelerator:
     """Accelerate's set-up of processes, device and mixed precision, with what the launcher does itself turned off."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # sharding is ours: on a CPU Accelerate would drop it, and the ranks
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    group = [InitProcessGroupKwargs(backend=backend, timeout=TIMEOUT)] if distributed else []
+    group = [InitProcessGroupKwargs(backend=_backend(cuda), timeout=TIMEOUT)] if distributed else []
     return Accelerator(
         cpu=not cuda,
         mixed_precision=run.precision,

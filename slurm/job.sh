@@ -140,6 +140,10 @@ fi
 case $verdict in preempted | lost) [ "@REQUEUE@" = yes ] || why="$why; no requeue was asked for: launcher resume";; esac
 say "$verdict: $why"
 echo "$verdict: $why" > "$run/slurm/verdict"
+case $verdict,$late,$facts in               # who failed first, where and why, for a person; nothing hangs on it
+  *,/nonexistent | lost,1,*) ;;
+  failed,* | lost,*) timeout 20 "${command[0]}" -P -m launcher.verdict "$run" 2>/dev/null || true;;
+esac
 case $verdict in
   finished) exit 0;;
   cancelled) status cancelled; exit 0;;

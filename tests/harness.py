@@ -91,10 +91,13 @@ def free_port() -> int:
 
 
 def metrics(rundir: Path) -> dict[int, dict[str, Any]]:
-    """Lines by step; of one step the latest attempt's count."""
+    """Lines by step; of one step the latest attempt's count, and of steps that were gone back from what came after."""
     lines: dict[int, dict[str, Any]] = {}
     for text in (rundir / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
+        if "rewound_from" in line:
+            lines = {step: one for step, one in lines.items() if step <= line["step"]}
+            continue
         if line["attempt"] != lines.get(line["step"], {}).get("attempt"):
             lines[line["step"]] = {}
         lines[line["step"]] |= line

@@ -102,7 +102,7 @@ def test_help_shows_every_option_with_type_default_and_comment(capsys) -> None:
     for key in [*option_types(Config), *option_types(RunConfig, "run.")]:
         assert f"--{key.replace('_', '-')}" in shown
     assert "A recipe." in shown
-    assert re.search(r"--model.depth INT +blocks that repeat \(default: 5\)", shown)
+    assert re.search(r"--model.depth INT[\s│]+blocks that repeat \(default: 5\)", shown)
     assert "--config FILE" in shown
     assert "Fixes the initial weights" in shown
 

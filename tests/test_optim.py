@@ -15,7 +15,7 @@ def test_an_overflow_skips_the_update_and_says_so(fused):
         before = weight.detach().clone()
         assert scaler.get_scale() == scale
         scaler.scale(weight.sum() * gradient).backward()
-        optimizer.begin(lambda: 1.0)
+        optimizer.begin(lambda: 1.0, lambda: True)
         optimizer.step()
         assert optimizer.skipped is skipped
         assert torch.equal(before, weight.detach()) is skipped

@@ -95,3 +95,16 @@ def test_a_base_goes_on_behind_what_was_seen(seen):
     steps = range(seen // 10, 21)
     assert [straight.share(s, 0, 1) for s in steps] == [resumed.share(s, 0, 1) for s in steps]
     assert straight.steps() == resumed.steps() == 21
+
+
+def test_a_batch_that_is_left_out_moves_what_follows():
+    plan = Plan(10, 5, end=43)
+    left = plan.without(2).without(2).without(3)
+    assert [left.start(step) for step in range(4)] == [0, 10, 40, 43]
+    assert [left.size(step) for step in range(4)] == [10, 10, 3, 0]
+    assert [left.steps(known) for known in (0, 1, 2, 3)] == [5, 5, 3, 2]
+    assert left.steps() == 2
+    assert left.slot(2, 0) == left.share(2, 0, 2)[0]
+    straight = list(Plan(10, 5, end=43).without(1).shares(0, 0, 1))
+    resumed = list(Plan(10, 5, end=43, base=20, base_step=1).shares(1, 0, 1))
+    assert straight[2:] == resumed

@@ -433,3 +433,27 @@ def test_the_public_names_are_what_they_say():
     for name in launcher.__all__:
         assert getattr(launcher, name) is not None
     assert callable(launcher.main)
+
+
+def test_an_optimizer_that_steps_twice_in_a_step_is_clipped_twice(run_recipe):
+    norms = []
+
+    def train(run: launcher.Run) -> None:
+        model, other = (run.build(lambda: torch.nn.Linear(2, 1), name=name) for name in ("a", "b"))
+        first, second = (run.optimizer(torch.optim.SGD(one.parameters(), lr=0.0)) for one in (model, other))
+        for step in run.steps(run.loader((torch.ones(8, 2),), batch_size=4), total=2):
+            for _ in range(2):
+                for (x,) in step:
+                    step.backward(1000 * model(x).sum())
+                step.clip(1.0)
+                norms.append(model.weight.grad.norm().item())
+                first.step()
+                first.zero_grad()
+            for (x,) in step:
+                step.backward(other(model(x).detach().expand(-1, 2)).sum())
+            second.step()
+            second.zero_grad()
+
+    run_recipe(train)
+    assert len(norms) == 4
+    assert max(norms) <= 1.0

@@ -34,6 +34,18 @@ def test_of_a_step_the_latest_attempt_and_its_last_line_count(tmp_path: Path) ->
     assert scores(path, "va") == {}
 
 
+def test_what_was_told_before_the_run_went_back_counts_for_nothing(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "metrics.jsonl",
+        line(1, 10, val=1.0),
+        line(1, 20, val=0.1),
+        line(2, 30, val=0.2),
+        line(2, 10, rewound_from=31),
+        line(2, 20, val=0.5),
+    )
+    assert scores(path, "val") == {10: 1.0, 20: 0.5}
+
+
 def test_lines_that_are_cut_or_no_numbers_are_passed_over(tmp_path: Path) -> None:
     path = write(
         tmp_path / "metrics.jsonl",

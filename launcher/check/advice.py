@@ -16,14 +16,18 @@ __all__ = [
     "DRAWN",
     "DROPPED",
     "INIT",
-    "LATER",
     "LEFTOVER",
-    "LOGGED",
     "LR",
+    "MEAN",
     "NOT_FINITE",
     "NO_GRADIENT",
+    "NO_SUM",
+    "RESUMED",
+    "ROUNDED",
     "UNUSED",
+    "WORLD",
     "failed",
+    "is_mean",
     "of_data",
     "of_ratio",
 ]
@@ -54,6 +58,15 @@ MEAN = (
     "the loss is averaged over its micro-batch: return the SUM (reduction='sum'), in fp32; the launcher divides by "
     "the count of the whole step"
 )
+ROUNDED = (
+    "the numbers are rounded otherwise, by more than float32 does: weights or a part of the model in half "
+    "precision, or sums of very different sizes"
+)
+NO_SUM = (
+    "what is given to step.backward is no sum over samples: the loss of one depends on the others in its micro-batch "
+    "(contrastive: run.all_gather; a mean over the batch), on how often the model was called, or has a term beside the "
+    "samples (multiply that by step.local_count)"
+)
 COUPLED = (
     "{module} normalises over a micro-batch, so the micro-batch's size is part of the result: use GroupNorm or "
     "LayerNorm, or on GPUs nn.SyncBatchNorm.convert_sync_batchnorm(model) inside run.build"
@@ -63,8 +76,16 @@ BUFFERS = (
     "model) inside run.build (on GPUs), a norm without running statistics, or an update that is reduced over ranks"
 )
 LEFTOVER = (
-    "a resume begins with it anew: give it to run.track(obj), an average of weights as launcher.EMA(model); or make it "
-    "a function of step.index"
+    "a resume begins with it anew: give it to run.track(obj), an average of weights as launcher.EMA(run, model); or "
+    "make it a function of step.index"
+)
+RESUMED = (
+    "something beside weights, moments and data came back otherwise: a counter, an optimizer's own attributes, a mode "
+    "(model.eval()), a plain attribute of the model: run.track it, or make it a function of step.index"
+)
+WORLD = (
+    "what the optimizer is given depends on the number of processes: batch_size is that of the whole job, so nothing "
+    "is to be scaled by it"
 )
 DRAWN = (
     "a draw that no seed of the run reaches, or a kernel whose sums vary: draw from torch's generator on the model's "
@@ -98,13 +119,16 @@ def of_ratio(ratio: float, rest: float, microbatches: int, world_size: int, trac
         return f"{world_size} = world size: the loss is multiplied by it: return the plain sum, the launcher divides"
     if world_size > 1 and exact and _near(ratio, 1 / world_size, 1e-3):
         return f"1/{world_size} = 1 / world size: the loss is divided by it, or averaged over ranks: return the sum"
-    if microbatches > 1 and _near(ratio, microbatches, 0.25):
+    if is_mean(ratio, microbatches):
         return f"about {microbatches} = the step's micro-batches: {MEAN}"
     if microbatches > 1 and exact and _near(ratio, 1 / microbatches, 1e-3):
         return f"1/{microbatches} = 1 / the step's micro-batches: the loss is divided by their number: return the sum"
-    if microbatches > 1 and rest > 1e-3:
-        return f"micro-batches weigh otherwise than their samples do: {MEAN}"
-    return LATER if exact else f"the ranks, or the micro-batches, do not compute parts of one sum: {MEAN}"
+    return NO_SUM if rest > 1e-3 or abs(ratio - 1) > 1e-3 else ROUNDED
+
+
+def is_mean(ratio: float, microbatches: int) -> bool:
+    """Whether a ratio to a step in one micro-batch says that each of several was averaged."""
+    return microbatches > 1 and _near(ratio, microbatches, 0.25)
 
 
 def of_data(outcome: Outcome) -> str:
@@ -115,7 +139,9 @@ def of_data(outcome: Outcome) -> str:
 
 
 def failed(outcome: Outcome) -> str:
-    """Where to look when a run has failed."""
+    """What to do when a run has failed."""
+    if "finished reduction" in outcome.fault:  # DDP's words
+        return UNUSED
     return f"what it printed: {outcome.log}"
 
 

@@ -26,11 +26,12 @@ __all__ = ["GROUPS", "WAYS", "check", "chosen", "main"]
 
 GROUPS = ("parity", "resume", "elastic", "determinism", "ranks")
 WAYS = ("accumulation", "ddp", "fsdp", "compiled", "workers", "bf16")
+SLOTS = 8  # ranks at once, at most: each holds the recipe's data and model
 PATIENCE = 600.0  # seconds that one run may take
 # What a check decides itself for each of its runs.
 OWN = (
     *("dir", "name", "resume", "save-every", "keep", "keep-every", "keep-best", "log-every", "precision", "shard"),
-    *("compile", "workers", "threads", "tracker", "allow", "deterministic"),
+    *("compile", "workers", "threads", "tracker", "allow", "deterministic", "hang-after"),
 )
 FLAGS = {"--only": 1, "--nproc": 1, "--gpus": 1, "--seed": 1, "--keep": 1, "--json": 0, "--help": 0, "-h": 0}
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     _check_options(own)
     groups, ways = chosen(options.only)
     cuda, world_size = _world(options.gpus, options.nproc)
+    if world_size == 1 and options.only is not None and {*groups, *ways} <= {"parity", "ranks", "ddp", "fsdp"}:
+        raise UsageError(f"--only {options.only}: that needs two processes, --nproc 2")
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     room = _room(options.keep)
     try:
@@ -58,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
     if not failed:
         _remove(room, options.keep)
     if options.json:
-        print_json({"holds": not failed, "seed": seed, "runs": str(room) if failed else None, "rows": _rows(findings)})
+        print_json(
+            {"holds": not failed, "seed": seed, "runs": str(room) if room.exists() else None, "rows": _rows(findings)}
+        )
     else:
         _print(findings, room)
     return int(failed)
@@ -92,9 +97,9 @@ def check(
     """
     from launcher.check.trials import bench
 
-    slots = world_size if cuda else max(world_size, len(os.sched_getaffinity(0)))
+    slots = world_size if cuda else max(world_size, min(SLOTS, len(os.sched_getaffinity(0))))
     expected = 1 + (1 + len(ways)) * ("parity" in groups) + 3 * ("resume" in groups) + ("elastic" in groups)
-    expected += ("ranks" in groups) + ("determinism" in groups)
+    expected += ("ranks" in groups) + bool({"determinism", "resume"} & set(groups))
     expected += bool({"determinism", "resume", "elastic"} & set(groups))
     with (
         bench(recipe, own, room, cuda=cuda, slots=slots, patience=PATIENCE) as runs,
@@ -128,7 +133,7 @@ def _findings(
     if "parity" in groups:
         findings += parity(runs, shape, ways, reference, told)
     twice = [Trial("once", world_size, replace(settings, modules=True), SAVING)]
-    if "determinism" in groups:
+    if {"determinism", "resume"} & set(groups):
         twice.append(replace(twice[0], name="again"))
     found: dict[str, Outcome] = {}
     if {"determinism", "resume", "elastic"} & set(groups):
@@ -136,7 +141,7 @@ def _findings(
     if "determinism" in groups:
         findings.append(determinism(found["once"], found["again"]))
     if "resume" in groups:
-        findings += resume(runs, found["once"], settings, world_size, seed, told)
+        findings += resume(runs, found["once"], found["again"], settings, world_size, seed, told)
     if "elastic" in groups:
         findings += elastic(runs, found["once"], settings, world_size - 1 or 2, told)
     return findings
@@ -191,6 +196,10 @@ def _recipe_index(argv: Sequence[str]) -> int:
 
 def _check_options(own: Sequence[str]) -> None:
     """Refuse options that each run of the check would set otherwise."""
+    if {"--help", "-h"} & set(own):
+        raise UsageError(
+            "--help behind the recipe lists its options, and is not to be checked: launcher run RECIPE --help"
+        )
     for word in own:
         name = word.partition("=")[0].removeprefix("--run.").removeprefix("no-").replace("_", "-")
         if word.startswith("--run.") and name in OWN:

@@ -24,6 +24,11 @@ def determinism(first: Outcome, second: Outcome) -> Finding:
         found = _first_difference(first.trace.events[rank], second.trace.events.get(rank, []), rank)
         if found is not None:
             return Finding("determinism", what, False, *found)
+    if changed := first.trace.of("changed"):
+        told = (
+            f"micro-batch {changed[0]['microbatch']} of {changed[0]['loader']!r} is another one when it is read again"
+        )
+        return Finding("determinism", what, False, told, f"{advice.DATA_DRAWN}. Or something changes the data in place")
     events = sum(len(events) for events in first.trace.events.values())
     return Finding(
         "determinism", what, True, f"{events:,} weights, batches, outputs, gradients and losses are the same"
@@ -62,10 +67,16 @@ def _said(a: Event, b: Event, step: int, rank: int) -> tuple[str, str]:
     if a["what"] == "gradient":
         return f"{where}the gradient of {a['name']} differs, after outputs that are the same", advice.DRAWN
     if a["what"] == "step":
-        return f"{where}the learning rate is {a['lr']} in one run and {b['lr']} in the other", advice.LR
+        return f"{where}the optimizer is given {_others(a)} in one run and {_others(b)} in the other", advice.LR
     if a["what"] == "loss":
         return f"{where}the loss differs ({a['loss']!r}, {b['loss']!r}), the modules' outputs do not", advice.DRAWN
     return f"{where}{a['what']} differs", advice.DRAWN
+
+
+def _others(event: Event) -> str:
+    """The numbers of the first group of parameters, learning rate first."""
+    group: dict[str, float] = next((group for groups in event["groups"] for group in groups), {})
+    return ", ".join(f"{key} {value}" for key, value in list(group.items())[:1])
 
 
 def _called(event: Event) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ def digest(value: Any) -> str:
 
 def _pieces(value: Any) -> Iterator[bytes]:
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().to("cpu").contiguous()
+        tensor = (value.detach().to_dense() if value.layout != torch.strided else value.detach()).to("cpu").contiguous()
         yield f"{tuple(tensor.shape)} {tensor.dtype}".encode()
         yield tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     elif isinstance(value, np.ndarray) and value.dtype != object:
@@ -32,11 +34,14 @@ def _pieces(value: Any) -> Iterator[bytes]:
         for key, item in value.items():
             yield repr(key).encode()
             yield from _pieces(item)
-    elif isinstance(value, list | tuple):
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield type(value).__name__.encode()
+        yield from _pieces({field.name: getattr(value, field.name) for field in fields(value)})
+    elif isinstance(value, list | tuple | deque):
         yield f"{len(value)}".encode()
         for item in value:
             yield from _pieces(item)
-    elif isinstance(value, str | bytes | int | float | bool | None):
+    elif isinstance(value, str | bytes | int | float | bool | np.generic | None):
         yield repr(value).encode()
     else:
         yield type(value).__name__.encode()  # its repr may be an address

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 MARGIN = 32.0  # times what float32 itself loses; orders of summation differ
-LEAST = 1e-5  # relative: below it nothing is told apart
+LEAST = 1e-5  # relative, of float32
 MOST = 1e-2  # a reference that differs by more is no reference
 SMALL = 1e-6  # of the norm of all gradients: a parameter's gradient below it is compared with that
 ASSUMED = LEAST * MARGIN
@@ -48,19 +48,23 @@ class Measure:
     loss_noise: list[float]
     measured: bool
     """Whether the noise was; else it is assumed."""
+    least: float
+    """Relative: below it nothing is told apart."""
 
     def tolerance(self, name: str) -> float:
         """Of a gradient, relative."""
-        return max(LEAST, MARGIN * self.noise.get(name, 0.0))
+        return max(self.least, MARGIN * self.noise.get(name, 0.0))
 
     def loss_tolerance(self, step: int) -> float:
         """Of a step's loss, relative."""
-        return max(LEAST, MARGIN * self.loss_noise[step])
+        return max(self.least, MARGIN * self.loss_noise[step])
 
 
 def measure(reference: Outcome, double: Outcome) -> Measure:
     """The reference in float64, or, where the recipe does not run in it, in float32 with an assumed tolerance."""
     gradients, losses = gradients_of(reference), losses_of(reference)
+    eps = max((event["eps"] for event in reference.trace.of("build", 0)), default=0.0)
+    least = max(LEAST, 4 * eps)  # of weights in half precision much more is rounded away
     noise: dict[str, float] = {}
     loss_noise = [LEAST] * len(losses)
     exact, exact_losses = (gradients_of(double), losses_of(double)) if double.ok else ({}, [])
@@ -68,8 +72,8 @@ def measure(reference: Outcome, double: Outcome) -> Measure:
         noise = distances(gradients, exact)
         loss_noise = [relative(a, b) for a, b in zip(losses, exact_losses, strict=True)]
         if max([*noise.values(), *loss_noise], default=math.nan) < MOST / MARGIN:
-            return Measure(exact, exact_losses, noise, loss_noise, True)
-    return Measure(gradients, losses, dict.fromkeys(gradients, LEAST), [LEAST] * len(losses), False)
+            return Measure(exact, exact_losses, noise, loss_noise, True, least)
+    return Measure(gradients, losses, dict.fromkeys(gradients, LEAST), [LEAST] * len(losses), False, least)
 
 
 def gradients_of(outcome: Outcome) -> Gradients:

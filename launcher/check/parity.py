@@ -6,6 +6,7 @@ gradient descent without clipping: clipping and adaptive optimizers hide a gradi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ from launcher.check.trials import Bench, Outcome, Trial
 __all__ = ["WAYS", "Shape", "parity", "reference_trial"]
 
 STEPS = 3
+SHARDED = ("--run.shard", "full")
 ONE = "1 process, 1 micro-batch"
 WAYS = ("accumulation", "ddp", "fsdp", "compiled", "workers", "bf16")
 
@@ -80,13 +82,16 @@ def parity(
         return [unusable]
     descent = reference.trial.settings
     streamed = None in reference.trace.loaders().values()
-    descent = replace(descent, rates=tuple(event["rate"] for event in reference.trace.of("rate", 0)))
+    drawn = any(event["drawn"] for event in reference.trace.of("loss"))
+    rates = tuple((event["optimizer"], event["rate"]) for event in reference.trace.of("rate", 0))
+    descent = replace(descent, rates=rates)
     small = replace(descent, microbatch_size=shape.microbatch_size, even=shape.settings().even)
     trials = {
         "float64": Trial("float64", 1, replace(descent, double=True)),
         "accumulation": Trial("accumulation", 1, small),
         "ddp": Trial("ddp", shape.world_size, small),
-        "fsdp": Trial("fsdp", shape.world_size, small, ("--run.shard", "full")),
+        # micro-batches of another size, so that the last of each rank is one that counts
+        "fsdp": Trial("fsdp", shape.world_size, small if drawn else replace(small, microbatch_size=2), SHARDED),
         "workers": Trial("workers", 1, small, ("--run.workers", "1" if streamed else "2")),
         "bf16": Trial("bf16", 1, descent, ("--run.precision", "bf16")),
         "compiled": Trial("compiled", 1, descent, ("--run.compile", "default")),
@@ -108,21 +113,34 @@ def parity(
 
 def _compared(way: str, found: Mapping[str, Outcome], reference: Outcome, exact: Measure, shape: Shape) -> Finding:
     """The row of one way, beside the reference; beside the same micro-batches where the model draws, and of workers."""
+    outcome, parts = found[way], found.get("accumulation")
     drawn = any(event["drawn"] for event in reference.trace.of("loss"))
     loaders = reference.trace.loaders()
-    small = found[way].trial.settings.microbatch_size < shape.batch_size
-    parts = found.get("accumulation")
-    if way == "accumulation" and drawn and found[way].ok:
-        told = "not compared: the forward pass draws (beside dropout), and draws otherwise for other micro-batches"
-        return Finding("parity", _called(way, shape), None, told)
-    if found[way].trial.world_size > 1 and found[way].ok and (not loaders or None in loaders.values()):
+    if way == "accumulation" and drawn and outcome.ok:
+        return _drawn(outcome, reference, shape)
+    if outcome.trial.world_size > 1 and outcome.ok and (not loaders or None in loaders.values()):
         why = "a stream's ranks read other samples" if loaders else "each rank makes its own data"
         return Finding("parity", _called(way, shape), None, f"it trains; not compared: {why}")
-    if small and parts is not None and parts.ok:
+    whole = outcome.trial.settings.microbatch_size == shape.batch_size
+    if not whole and parts is not None and parts.ok:
         if drawn or way == "workers":
             exact = replace(exact, gradients=gradients_of(parts), losses=losses_of(parts))
-        return _row(way, found[way], reference, parts, exact, shape)
-    return _row(way, found[way], reference, reference, exact, shape)
+        alike = parts.trial.settings.microbatch_size == outcome.trial.settings.microbatch_size
+        return _row(way, outcome, reference, parts if alike else None, exact, shape)
+    return _row(way, outcome, reference, reference if whole else None, exact, shape)
+
+
+def _drawn(outcome: Outcome, reference: Outcome, shape: Shape) -> Finding:
+    """Draws differ between micro-batches of other sizes, and gradients with them; a mean shows in the losses still."""
+    totals = [
+        sum(event["loss"] for event in one.trace.of("loss", 0) if not event["step"]) for one in (outcome, reference)
+    ]
+    what, ratio = _called("accumulation", shape), totals[0] / (totals[1] or math.nan)
+    if advice.is_mean(ratio, shape.microbatches):
+        told = f"the losses of the first step sum to {ratio:.2f} of the reference's"
+        return Finding("parity", what, False, told, f"about {shape.microbatches} = its micro-batches: {advice.MEAN}")
+    told = "only losses are compared: the forward pass draws, beside dropout, and otherwise for other micro-batches"
+    return Finding("parity", what, None, f"{told} ({ratio:.2f} of the reference's)")
 
 
 def _unusable(reference: Outcome) -> Finding | None:
@@ -154,13 +172,14 @@ def _called(way: str, shape: Shape) -> str:
     }[way]
 
 
-def _row(way: str, outcome: Outcome, reference: Outcome, like: Outcome, exact: Measure, shape: Shape) -> Finding:
-    """The row of one way; `like` has read the same micro-batches."""
+def _row(way: str, outcome: Outcome, reference: Outcome, like: Outcome | None, exact: Measure, shape: Shape) -> Finding:
+    """The row of one way; `like` has read the same micro-batches, if one has."""
     what = _called(way, shape)
     if not outcome.ok:
-        holds = None if way == "bf16" else False
+        refused = way == "bf16" or (way == "fsdp" and "FSDP" in outcome.fault)  # what torch cannot do is no mistake
+        holds = None if refused else False
         return Finding("parity", what, holds, outcome.fault, advice.failed(outcome))
-    fault = _other_start(outcome, reference) or _other_data(outcome, like)
+    fault = _other_start(outcome, reference) or _other_data(outcome, like) or _other_groups(outcome, reference)
     if fault is not None and way != "bf16":
         return Finding("parity", what, False, *fault)
     found = gradients_of(outcome)
@@ -187,7 +206,9 @@ def _row(way: str, outcome: Outcome, reference: Outcome, like: Outcome, exact: M
         step = late[0] if late else len(apart)
         told = f"gradients agree, the loss of step {step + 1} differs by {max(apart, default=0):.1e}"
         return Finding("parity", what, False, told, advice.LATER)
-    return Finding("parity", what, True, f"gradients within {far[worst]:.0e}, losses within {max(apart):.0e}")
+    return Finding(
+        "parity", what, True, f"gradients within {far[worst]:.0e}, losses within {max(apart, default=0):.0e}"
+    )
 
 
 def _diverged(
@@ -198,8 +219,9 @@ def _diverged(
     ratio, rest = multiple({first: found[first]}, {first: exact.gradients[first]})
     everything = multiple(found, exact.gradients)
     of = f"{len(off)} of {len(exact.gradients)} gradients differ, first {first}"
-    told = f"{of}: {ratio:.3f} of the reference" + (f", and {rest:.0%} that is no multiple" if rest > 1e-3 else "")
-    step = shape.microbatches if outcome.trial.settings.microbatch_size == shape.microbatch_size else 1
+    digits = 3 if abs(ratio - 1) > 0.01 else 6
+    told = f"{of}: {ratio:.{digits}f} of the reference, and {rest:.1%} that is no multiple of it"
+    step = -(-shape.batch_size // outcome.trial.settings.microbatch_size)
     return Finding(
         "parity", what, False, told, advice.of_ratio(*everything, step, outcome.trial.world_size, outcome.trace)
     )
@@ -216,8 +238,25 @@ def _other_start(outcome: Outcome, reference: Outcome) -> tuple[str, str] | None
     return None
 
 
-def _other_data(outcome: Outcome, like: Outcome) -> tuple[str, str] | None:
+def _other_groups(outcome: Outcome, reference: Outcome) -> tuple[str, str] | None:
+    """Which number the optimizers were given that is another one in one process, if one is."""
+    mine, theirs = outcome.trace.groups(), reference.trace.groups()
+    for step, optimizers in theirs.items():
+        for number, groups in enumerate(optimizers):
+            for group, there in enumerate(groups):
+                here = mine[step][number][group] if step in mine else there
+                if other := [key for key in there if here.get(key) != there[key]]:
+                    told = (
+                        f"step {step + 1}: {other[0]} is {here.get(other[0])}, and {there[other[0]]} in the reference"
+                    )
+                    return told, advice.WORLD if outcome.trial.world_size > 1 else advice.LR
+    return None
+
+
+def _other_data(outcome: Outcome, like: Outcome | None) -> tuple[str, str] | None:
     """Which micro-batch of a run is not that of another one of the same size, if one is not."""
+    if like is None:
+        return None
     sizes, others = outcome.trace.loaders(), like.trace.loaders()
     mine, theirs = outcome.trace.batches(), like.trace.batches()
     for name, size in others.items():
@@ -225,8 +264,10 @@ def _other_data(outcome: Outcome, like: Outcome) -> tuple[str, str] | None:
             told = f"{name!r} has {sizes.get(name)} samples on rank 0 of {outcome.trial.world_size}, and {size} alone"
             return told, advice.DATA_BY_RANK
     for key in theirs:
-        if key in mine and mine[key].digest != theirs[key].digest and key[0] != "split":
-            loader, step, number = key
+        loader, step, number = key
+        if key not in mine:
+            return f"step {step + 1}: micro-batch {number} of {loader!r} is not read", advice.DATA_BY_RANK
+        if mine[key].digest != theirs[key].digest and loader != "split":
             told = f"step {step + 1}, micro-batch {number} of {loader!r} holds other data on rank {mine[key].rank}"
             return told, advice.of_data(outcome)
     return None

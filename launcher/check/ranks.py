@@ -30,8 +30,10 @@ def _batches(outcome: Outcome) -> Finding:
     what, trace = "batches", outcome.trace
     sizes = {rank: trace.loaders(rank) for rank in trace.events}
     for rank, loaders in sizes.items():
-        if loaders != sizes[0]:
-            told = f"rank {rank} has {loaders} samples, rank 0 has {sizes[0]}"
+        if other := [name for name in sizes[0] if loaders.get(name) != sizes[0][name]]:
+            told = (
+                f"{other[0]!r} has {loaders.get(other[0])} samples on rank {rank}, and {sizes[0][other[0]]} on rank 0"
+            )
             return Finding("ranks", what, False, told, advice.DATA_BY_RANK)
     numbers = {rank: trace.of("end", rank)[-1]["microbatches"] for rank in trace.events}
     if len(set(numbers.values())) > 1:

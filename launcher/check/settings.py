@@ -18,6 +18,8 @@ class Kill:
     """Of a save it does not matter."""
     rank: int | None = None
     """None: every rank."""
+    saved: bool = False
+    """Not before there is a whole checkpoint: small steps are faster than a disk, and a start from 0 proves nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Settings:
     """Batch and micro-batch of a stream, which is dealt out evenly."""
     descent: bool = False
     """Plain gradient descent in place of the recipe's optimizers, and no clipping: both hide a gradient's scale."""
-    rates: tuple[float, ...] = ()
+    rates: tuple[tuple[int, float], ...] = ()
     """Of that descent, for each optimizer; empty: 1 % of the weights' norm over the gradients', as first seen."""
     double: bool = False
     """Compute in float64."""

@@ -79,7 +79,11 @@ class Trace:
 
     def coupled(self) -> list[str]:
         """The modules that normalise over a micro-batch."""
-        return [name for event in self.of("build", 0) for name in event["coupled"]]
+        return [name for event in self.of("coupled", 0) for name in event["names"]]
+
+    def groups(self) -> dict[int, Any]:
+        """The numbers that the optimizers were given for their groups, by step."""
+        return {event["step"]: event["groups"] for event in self.of("step", 0)}
 
 
 def read_trace(directory: Path) -> Trace:

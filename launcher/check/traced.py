@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.numpy import save_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher.check.digest import digest
 from launcher.check.leftover import Leftovers
@@ -23,7 +25,7 @@ from launcher.data import Fetched, Loader
 from launcher.optim import Optimizer, hyperparameters
 from launcher.parallel import Blocks, plain_name
 from launcher.run import Run
-from launcher.sharded import is_sharded, local, whole
+from launcher.sharded import local, whole
 from launcher.state import parameter_names
 from launcher.step import Step
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["TracedRun"]
 
 FEW = 8  # samples of an evaluation: that it runs, and alike, is to be seen, not how good the model is
+PATIENCE = 30.0  # seconds for a checkpoint to become whole
 RATE = 0.01  # of a descent's first step: the gradients' norm becomes this part of the weights'
 
 
@@ -44,6 +47,7 @@ class TracedStep(Step):
         assert isinstance(loop.run, TracedRun)
         self._run = loop.run
         self._backwards = 0
+        self._dropped = False
 
     def split(self, batch: Any, microbatch_size: int) -> Iterator[Any]:
         """Pieces of the size that the check asks for."""
@@ -54,16 +58,20 @@ class TracedStep(Step):
 
     def backward(self, loss: torch.Tensor, count: float | torch.Tensor | None = None, *, of: str | None = None) -> None:
         """`Step.backward`, with the loss written down."""
-        if self._backwards and self._run.has_no_gradients():
+        if self._dropped:
             self._run.trace.write("dropped", step=self.index)
         drawn = not torch.equal(self._seeded, _generator(self._run.device))
         super().backward(loss, count, of=of)
         self._backwards += 1
         self._run.trace.write("loss", step=self.index, loss=float(loss.detach()), drawn=drawn)
 
+    def zeroed(self) -> None:
+        """Gradients are dropped: of a pass that goes on, that is a mistake."""
+        self._dropped = self._backwards > 0
+
     def _begin_pass(self) -> None:
         super()._begin_pass()
-        self._backwards = 0
+        self._backwards, self._dropped = 0, False
 
     def _take(self) -> tuple[Fetched, ...]:
         entry = super()._take()
@@ -72,6 +80,12 @@ class TracedStep(Step):
             if self._run.asked.double:
                 fetched.batch = _doubled(fetched.batch)
         return entry
+
+    def _again(self) -> list[tuple[Fetched, ...]]:
+        kept = super()._again()
+        for fetched in (one for entry in kept for one in entry if self._run.asked.double):
+            fetched.batch = _doubled(fetched.batch)
+        return kept
 
     def _enter(self, fetched: Fetched, *, last: bool) -> None:
         if not self._loop.feeds:
@@ -92,6 +106,10 @@ class TracedRun(Run):
         self.trace = Writer(asked.out, self._attempt, self.rank)
         self._used: set[str] = set()
         self._microbatches = 0
+        self._first: dict[tuple[str, int], str] = {}
+        """Digests of the first step's micro-batches, by loader and number."""
+        self._measured: set[int] = set()
+        """The optimizers whose first gradients have been written down."""
         self._edge = time.monotonic()
 
     def build(
@@ -128,9 +146,11 @@ class TracedRun(Run):
         """`Run.optimizer`, of plain gradient descent where the check asks for that."""
         number = len(self.optimizers)
         if self.asked.descent and not isinstance(inner, torch.optim.LBFGS):  # which is refused
-            inner = Descent(inner, self.asked.rates[number] if self.asked.rates else None)
+            inner = Descent(inner, dict(self.asked.rates).get(number))
         optimizer = super().optimizer(inner)
-        inner.register_step_pre_hook(lambda *_: self._updating(optimizer, number))
+        names = parameter_names(self.models)  # as they are now: FSDP2 puts others in their place in a step
+        inner.register_step_pre_hook(lambda *_: self._updating(optimizer, number, names))
+        self._watch_zeroing(inner)
         return optimizer
 
     def steps(
@@ -150,8 +170,10 @@ class TracedRun(Run):
             if loader.stream is not None:
                 loader.stream.size = loader.microbatch_size
         self._loaders = loaders
-        self.trace.write("steps", loaders={name: loader.size for name, loader in loaders.items()})
-        return self._watched(super().steps(data, total=self.asked.steps, flops=flops))
+        steps = super().steps(data, total=self.asked.steps, flops=flops)
+        sizes_of = {name: loader.size for name, loader in loaders.items()}
+        self.trace.write("steps", loaders=sizes_of, start=self.completed)
+        return self._watched(steps)
 
     def average(self, score: Callable[[Any], Mapping[str, tuple[Any, Any]]], data: Loader[Any]) -> dict[str, float]:
         """`Run.average` over a few samples, never compiled: another mode and shape would be compiled for it."""
@@ -170,20 +192,24 @@ class TracedRun(Run):
 
     def end_step(self, index: int) -> None:
         """`Run.end_step`, with the learning rates that it was made with."""
-        rates = [[_number(group.get("lr")) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        groups = [[_numbers(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
         super().end_step(index)
         now = time.monotonic()
         unused = sorted(self._all_parameters() - self._used)
-        self.trace.write("step", step=index, lr=rates, unused=unused, seconds=now - self._edge)
+        self.trace.write("step", step=index, groups=groups, unused=unused, seconds=now - self._edge)
         if self.asked.unused:  # an evaluation gives all ranks those of rank 0
             self.trace.write("buffers", step=index, buffers=self._buffers())
         self._edge = now
         self._used.clear()
+        if not index:
+            self.trace.write("coupled", names=self._coupled())
         self.come_to(self.completed, "edge")
 
     def returned(self) -> None:
         """`Run.returned`, with how much was read."""
         super().returned()
+        if self.asked.state:
+            self._read_again()
         self.trace.write("end", microbatches=self._microbatches)
 
     def close(self) -> None:
@@ -191,34 +217,47 @@ class TracedRun(Run):
         super().close()
         self.trace.close()
 
+    def _read_again(self) -> None:
+        """Read the first step's micro-batches once more: a sample is to be the same each time."""
+        if self._loop is None or any(loader.stream is not None for loader in self._loaders.values()):
+            return
+        for entry in self._loop.refetch(0) if self._loaders and self._first else ():
+            for name, fetched in zip(self._loaders, entry, strict=True):
+                before = self._first.get((name, fetched.slot.microbatch))
+                if before not in (None, digest(fetched.batch)):
+                    self.trace.write("changed", loader=name, microbatch=fetched.slot.microbatch)
+
     def saw(self, loader: str, step: int, fetched: Fetched) -> None:
         """A micro-batch is at hand."""
         slot, source = fetched.slot, self._loaders.get(loader)
         order = None if source is None else source.order
         self._microbatches += 1
+        content = digest(fetched.batch)
+        if not step:
+            self._first[loader, slot.microbatch] = content
         self.trace.write(
             "batch",
             loader=loader,
             step=step,
             microbatch=slot.microbatch,
             ids=[] if order is None else order.samples(slot.start, slot.stop).tolist(),
-            digest=digest(fetched.batch),
+            digest=content,
             padding=slot.padding,
         )
-
-    def has_no_gradients(self) -> bool:
-        """Whether what the micro-batches so far have added is gone."""
-        parameters = [p for model in self.models.values() for p in model.parameters()]
-        if any(is_sharded(parameter) for parameter in parameters):
-            return False  # FSDP2 keeps them elsewhere until the last micro-batch
-        return not any(bool(p.grad.any()) for p in parameters if p.grad is not None)
 
     def come_to(self, step: int, place: str) -> None:
         """Kill this process from here on, if it is to be."""
         kill: Kill | None = self.asked.kill
         if kill is None or (kill.step, kill.place) != (step, place) or kill.rank not in (None, self.rank):
             return
+        if kill.saved:
+            self._wait_for_checkpoint()
         threading.Thread(target=self._die, args=(kill.seconds,), daemon=True).start()
+
+    def _wait_for_checkpoint(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while self.saver.store.newest() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _die(self, seconds: float) -> None:
         """Wait, then end this process as a lost machine would."""
@@ -227,26 +266,27 @@ class TracedRun(Run):
 
     def _watched(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The steps, with a look at what the recipe holds at each edge."""
-        leftovers = Leftovers(self) if self.asked.state else None
+        leftovers = Leftovers(self) if self.asked.state and self.is_main else None
         self._used.clear()  # wrapping has sent a gradient through all parameters
         for step in steps:
             if leftovers is not None:
-                leftovers.look()
+                self.trace.write("held", step=self.completed, found=leftovers.look())
             yield step
         if leftovers is not None:
-            leftovers.look()
-            self.trace.write("leftovers", found=leftovers.changed())
+            self.trace.write("held", step=self.completed, found=leftovers.look())
 
     def _made(self, model: nn.Module, name: str, unused: bool) -> None:
-        coupled = (nn.modules.batchnorm._BatchNorm,)
         self.trace.write(
             "build",
             name=name,
             unused=unused,
             weights={key: digest(parameter) for key, parameter in model.named_parameters()},
+            eps=max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0),
             buffers={key: digest(buffer) for key, buffer in model.named_buffers()},
-            coupled=[key for key, module in model.named_modules() if isinstance(module, coupled)],
         )
+        for module in model.modules():
+            if self.asked.descent and isinstance(module, nn.RNNBase):
+                module.dropout = 0.0  # which draws in its own kernel
         if self.asked.modules:
             for key, module in model.named_modules():
                 module.register_forward_hook(
@@ -255,29 +295,49 @@ class TracedRun(Run):
                     )
                 )
 
-    def _updating(self, optimizer: Optimizer, number: int) -> None:
+    def _watch_zeroing(self, inner: torch.optim.Optimizer) -> None:
+        """Hear of `zero_grad`, also of one that is called on the torch optimizer itself."""
+        zero_grad = inner.zero_grad
+
+        def zeroing(set_to_none: bool = True) -> None:
+            step = None if self._loop is None else self._loop.step
+            held = any(p.grad is not None for group in inner.param_groups for p in group["params"])
+            if isinstance(step, TracedStep) and held:
+                step.zeroed()
+            zero_grad(set_to_none=set_to_none)
+
+        setattr(inner, "zero_grad", zeroing)  # noqa: B010 - mypy would have no method assigned to
+
+    def _updating(self, optimizer: Optimizer, number: int, names: Mapping[int, str]) -> None:
         """The gradients are whole, and about to be applied."""
-        names = parameter_names(self.models)
         if self.asked.modules:
             for parameter in optimizer.parameters():
                 if parameter.grad is not None:
                     self.trace.write("gradient", name=names[id(parameter)], digest=digest(local(parameter.grad)))
-        if not isinstance(optimizer.inner, Descent) or self.completed:
+        if not isinstance(optimizer.inner, Descent) or number in self._measured:
             return
-        gradients = {
-            names[id(p)]: whole(p.grad).detach().cpu().numpy() for p in optimizer.parameters() if p.grad is not None
-        }
+        self._measured.add(number)  # its first update: a GAN's second player may begin steps later
+        gradients = {names[id(p)]: _array(whole(p.grad)) for p in optimizer.parameters() if p.grad is not None}
         if self.is_main:
             save_file(gradients, Path(self.asked.out) / f"gradients-{number}.safetensors")
         if optimizer.inner.rate is None:
             norms = [torch.stack([tensor.norm() for tensor in tensors]).norm() for tensors in _pairs(optimizer)]
             optimizer.inner.rate = RATE * float(norms[0] / norms[1]) if norms[1] > 0 else 0.0
-        self.trace.write("rate", optimizer=number, rate=optimizer.inner.rate)
+            self.trace.write("rate", optimizer=number, rate=optimizer.inner.rate)
 
     def _parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of a model that train, by full name."""
         named = self.models[name].named_parameters()
         return {f"{name}/{plain_name(key)}": parameter for key, parameter in named if parameter.requires_grad}
+
+    def _coupled(self) -> list[str]:
+        """The modules that normalise over a micro-batch."""
+        return [
+            plain_name(f"{key}.").rstrip(".")
+            for model in self.models.values()
+            for key, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.training and not isinstance(module, nn.SyncBatchNorm)
+        ]
 
     def _buffers(self) -> dict[str, str]:
         return {
@@ -295,7 +355,9 @@ class Descent(torch.optim.Optimizer):
 
     def __init__(self, like: torch.optim.Optimizer, rate: float | None) -> None:
         """`like` has the parameter groups; without a rate it is set at the first step."""
-        super().__init__([{**hyperparameters(group), "params": group["params"]} for group in like.param_groups], {})
+        super().__init__(
+            [{**hyperparameters(group), "params": group["params"]} for group in like.param_groups], dict(like.defaults)
+        )
         self.rate = rate
 
     @torch.no_grad()
@@ -331,13 +393,24 @@ def _doubled(batch: Any) -> Any:
         return {key: _doubled(value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(_doubled, batch))
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{one.name: _doubled(getattr(batch, one.name)) for one in fields(batch) if one.init})
     if isinstance(batch, list | tuple):
         return type(batch)(map(_doubled, batch))
     return batch
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float | torch.Tensor) else None
+def _array(gradient: torch.Tensor) -> Any:
+    """A gradient for numpy, which has no bfloat16 and nothing sparse."""
+    gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    narrow = gradient.dtype in (torch.bfloat16, torch.float16)
+    return (gradient.float() if narrow else gradient).cpu().numpy()
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that an optimizer was given for a group of parameters: its learning rate, and others."""
+    kept = {key: value for key, value in group.items() if isinstance(value, int | float | torch.Tensor)}
+    return {key: float(value) for key, value in kept.items()}
 
 
 def _generator(device: torch.device) -> torch.Tensor:

@@ -10,6 +10,7 @@ import ast
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ from typing import Any
 
 from launcher.check.settings import Settings
 from launcher.check.trace import Trace, read_trace
+from launcher.verdict import judged
 
 __all__ = ["Bench", "Outcome", "Trial", "bench", "partial_saves"]
 
@@ -34,8 +36,14 @@ ALWAYS = (
 )
 # Imported ahead where a recipe imports them: they take seconds, and touch no device when they are imported.
 OFTEN = ("datasets", "numpy", "peft", "sklearn", "tokenizers", "torchvision", "transformers")
+# Of every run, whatever a file of options says; what is given behind wins.
+PLAIN = (
+    *("--run.log-every", "1", "--run.no-tf32", "--run.precision", "no", "--run.shard", "none", "--run.compile", "off"),
+    *("--run.workers", "0", "--run.save-every", "0", "--run.hang-after", "120"),
+)
 POLL = 0.01  # seconds
 STRIKE = 0.0005  # seconds between looks for a save, which takes a few milliseconds
+ROOM = 2**20  # bytes without which nothing can be written any more
 LONGEST = 200  # characters of what a run says of its failure
 GRACE = 20.0  # seconds that the ranks left have when one has ended badly
 
@@ -112,7 +120,7 @@ class Bench:
         out.mkdir(exist_ok=True)
         settings = replace(trial.settings, out=str(out))
         rundir = trial.rundir or str(out / "run")
-        argv = [*self.options, "--run.dir", rundir, "--run.log-every", "1", "--run.no-tf32", *trial.options]
+        argv = [*self.options, "--run.dir", rundir, *PLAIN, *trial.options]
         argv += ["--run.deterministic"] if self.cuda else ["--run.threads", "1"]
         port = str(_free_port())
         processes = []
@@ -121,6 +129,7 @@ class Bench:
             environ = {key: str(value) for key, value in ranks.items()} if trial.world_size > 1 else {}
             if environ:
                 environ |= {"LOCAL_WORLD_SIZE": str(trial.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environ["WANDB_MODE"] = "disabled"
             if not self.cuda:
                 environ["ACCELERATE_USE_CPU"] = "true"
             process = self.context.Process(
@@ -183,11 +192,14 @@ class _Running:
     def outcome(self) -> Outcome:
         """What has come of it."""
         codes = tuple(process.exitcode or 0 for process in self.processes)
-        trace, log = read_trace(self._out), self._out / "rank-0.txt"
-        fault = "" if not any(codes) else _fault(self._rundir, self._out, codes)
+        trace, rank, fault = read_trace(self._out), 0, ""
+        if any(codes):
+            rank, fault = _fault(self._rundir, self._out, codes)
+        elif trace.of("steps") and len(trace.of("end")) < len(codes):
+            fault = "it ended before its train function returned"
         if self._late:
             fault = f"it did not end in time: {fault}"
-        return Outcome(self.trial, codes, trace, self._rundir, log, fault)
+        return Outcome(self.trial, codes, trace, self._rundir, self._out / f"rank-{rank}.txt", fault)
 
 
 @contextmanager
@@ -198,7 +210,9 @@ def bench(
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # of ranks that leave without a teardown
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*ALWAYS, *_imports(recipe)])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it inherits that: Ctrl-C is this process's
     ensure_running()  # it imports while this process does
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     yield Bench(context, recipe, tuple(options), room, cuda, slots, patience)
 
 
@@ -221,23 +235,26 @@ def _imports(recipe: str) -> list[str]:
         return []  # its own run will say so
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    return sorted(name for name in names if name.partition(".")[0] in OFTEN)
+    beside = {path.stem for path in Path(recipe).absolute().parent.iterdir()}  # a person's own module of that name
+    return sorted(name for name in names if name.partition(".")[0] in {*OFTEN} - beside)
 
 
-def _fault(rundir: Path, out: Path, codes: Sequence[int]) -> str:
-    """Why a run failed, in a line: what its first rank to fail has said, else the last words of one."""
-    attempts = sorted((rundir / "attempts").glob("*/failed"), key=lambda path: int(path.parent.name))
-    for path in reversed(attempts):
-        with suppress(OSError, ValueError, LookupError):
-            said = json.loads(path.read_text())
-            where = f"rank {said['rank']}, step {said['step']}" if len(codes) > 1 else f"step {said['step']}"
-            return f"{where}: {_cut(said['error'])}"
-    for path in sorted(out.glob("rank-*.txt")):
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+def _fault(rundir: Path, out: Path, codes: Sequence[int]) -> tuple[int, str]:
+    """Which rank of a run failed first, and why, in a line: by its verdict, else by the last words of one."""
+    if shutil.disk_usage(out).free < ROOM:
+        return 0, f"the disk of {out} is full: give --keep DIR on another"
+    found = judged(rundir)
+    if found.rank is not None:
+        return found.rank, _cut(found.text)
+    for rank in range(len(codes)):
+        path = out / f"rank-{rank}.txt"
+        lines = (
+            [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
+        )
         told = [line for line in lines if line.startswith("launcher: ")] or lines[-1:]
         if told:
-            return _cut(told[-1].removeprefix("launcher: "))
-    return f"exit codes {', '.join(map(str, codes))}"
+            return rank, _cut(told[-1].removeprefix("launcher: "))
+    return 0, f"exit codes {', '.join(map(str, codes))}"
 
 
 def _cut(text: str) -> str:

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import LauncherError
+from launcher.evidence import Exit, Sight, load, read_of_ranks, tail, when
 from launcher.rundir import RunDir
 from launcher.slurm import cluster
-from launcher.slurm.facts import tail
 
 __all__ = [
-    *("Aftermath", "Drill", "Event", "Exit", "Queue", "Sight"),
-    *("events", "load", "newest_attempt", "newest_checkpoint", "observe", "ranks", "when"),
+    *("Aftermath", "Drill", "Event", "Queue"),
+    *("events", "newest_attempt", "observe", "ranks"),
 ]
 
 _PUBLISHED = re.compile(r"step-([0-9]{8,18})", re.ASCII)
 _HELD = re.compile(r"JobHeld|.*requeued_held")
-_COUNTED = re.compile(r"(signal|exit)-([0-9]{5,9})\.json", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -54,27 +53,6 @@ class Drill:
     """When; seconds since 1970."""
     agents: bool = False
     """Whether agents of accelerate stand between SLURM and the ranks."""
-
-
-@dataclass(frozen=True)
-class Sight:
-    """A rank has seen the signal."""
-
-    signal: str
-    host: str
-    time: float
-
-
-@dataclass(frozen=True)
-class Exit:
-    """A rank has left, and why."""
-
-    status: str
-    step: int | None
-    """The steps that it had completed."""
-    reason: str
-    host: str
-    time: float
 
 
 @dataclass(frozen=True)
@@ -191,7 +169,8 @@ class Event:
 def observe(drill: Drill, before: Aftermath, queue: Queue | None = None) -> Aftermath:
     """What is known now. Files go again (a verdict, an old checkpoint): what was known `before` stays known."""
     root = drill.path / "attempts" / str(drill.attempt)
-    seen, left = _of_ranks(root, before)
+    _, _, seen, left = read_of_ranks(root)
+    seen, left = {**seen, **before.seen}, {**left, **before.left}
     began = _began(drill)
     attempt, stepped, finished = _after(drill)
     verdict = _verdict(drill.path)
@@ -243,45 +222,6 @@ def ranks(numbers: Mapping[int, Any] | list[int]) -> str:
             runs.append([number])
     named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank {named}" if len(numbers) == 1 else f"ranks {named}"
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is none, or not yet a whole one."""
-    with suppress(OSError, ValueError, RecursionError):
-        said = json.loads(path.read_bytes())
-        if isinstance(said, dict):
-            return said
-    return {}
-
-
-def when(said: Any) -> float | None:
-    """Seconds since 1970 of an ISO time; None where it is none."""
-    with suppress(TypeError, ValueError, OverflowError):
-        return datetime.fromisoformat(said).timestamp()
-    return None
-
-
-def _of_ranks(root: Path, before: Aftermath) -> tuple[dict[int, Sight], dict[int, Exit]]:
-    seen, left = dict(before.seen), dict(before.left)
-    for kind, rank, path in _rank_files(root):
-        if rank in (seen if kind == "signal" else left):
-            continue
-        said = load(path)
-        host, time = str(said.get("host", "")), when(said.get("time"))
-        if time is None:
-            continue
-        if kind == "signal":
-            seen[rank] = Sight(str(said.get("signal", "a signal")), host, time)
-        else:
-            status, reason = str(said.get("status", "")), str(said.get("reason", ""))
-            left[rank] = Exit(status, _whole(said.get("step")), reason, host, time)
-    return seen, left
-
-
-def _rank_files(root: Path) -> Iterator[tuple[str, int, Path]]:
-    for name in _names(root):
-        if match := _COUNTED.fullmatch(name):
-            yield match[1], int(match[2]), root / name
 
 
 def _failure(root: Path) -> str:
@@ -423,12 +363,6 @@ def _names(path: Path) -> list[str]:
 
 def _whole(value: Any) -> int | None:
     return value if type(value) is int and value >= 0 else None
-
-
-def newest_checkpoint(path: Path) -> int | None:
-    """The step of a run's newest checkpoint."""
-    steps = [int(match[1]) for name in _names(path / "checkpoints") if (match := _PUBLISHED.fullmatch(name))]
-    return max(steps, default=None)
 
 
 def newest_attempt(path: Path) -> int:

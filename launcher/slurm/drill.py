@@ -14,21 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import LauncherError, UsageError
+from launcher.evidence import load, newest_checkpoint, when
 from launcher.parser import Parser
 from launcher.show import print_json, print_table, printable
 from launcher.slurm import cluster, record
-from launcher.slurm.aftermath import (
-    Aftermath,
-    Drill,
-    Event,
-    Queue,
-    events,
-    load,
-    newest_attempt,
-    newest_checkpoint,
-    observe,
-    when,
-)
+from launcher.slurm.aftermath import Aftermath, Drill, Event, Queue, events, newest_attempt, observe
 from launcher.slurm.debrief import as_dict, judge, lines
 
 __all__ = ["main"]

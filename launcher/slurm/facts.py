@@ -13,13 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launcher import evidence
 from launcher.errors import LauncherError
+from launcher.evidence import load, tail, text, whole
 from launcher.rundir import RunDir
 from launcher.slurm import record
 
-__all__ = ["Facts", "Failure", "Progress", "Start", "gather", "job_output", "near", "rank_logs", "tail"]
+__all__ = ["Facts", "Failure", "Progress", "Start", "gather", "job_output", "near", "rank_logs"]
 
-TAIL = 64 * 1024
 RATES = ("tokens_per_s", "samples_per_s")
 STATUSES = ("pending", "running", "finished", "preempted", "failed", "cancelled")
 _CHECKPOINT = re.compile(r"step-([0-9]{8,18})", re.ASCII)
@@ -136,17 +137,17 @@ class Facts:
 def gather(path: Path, submissions: Sequence[record.Submission] | None = None) -> Facts:
     """Read the files of the run at `path`; `submissions` are its jobs, where they have been read already."""
     faults: list[str] = []
-    said = _load(path / "run.json", faults) or {}
-    attempt = _whole(said, "attempt") or 0
+    said = load(path / "run.json", faults)
+    attempt = whole(said, "attempt") or 0
     with suppress(LauncherError):
         attempt = max(attempt, RunDir(path).current_attempt())
     start = _start(path, attempt, faults)
     jobs = tuple(_submissions(path, faults) if submissions is None else submissions)
-    global_step = _whole(said, "global_step")
+    global_step = whole(said, "global_step")
     progress = _progress(path / "metrics.jsonl", attempt, global_step)
     step = progress.step if progress.attempt == attempt else global_step
     checkpoint, checkpoint_time = _checkpoint(path)
-    status = _text(said, "status")
+    status = text(said, "status")
     if status and status not in STATUSES:
         faults.append(f"run.json has a status that is none: {status}")
         status = ""
@@ -155,11 +156,11 @@ def gather(path: Path, submissions: Sequence[record.Submission] | None = None) -
         fault="; ".join(faults),
         status=status,
         attempt=attempt,
-        restarts=_whole(said, "restarts"),
-        world_size=_whole(said, "world_size"),
+        restarts=whole(said, "restarts"),
+        world_size=whole(said, "world_size"),
         step=step if global_step is None or step is None else max(step, global_step),
-        total=_whole(said, "total_steps"),
-        not_saved=_text(said, "save_error"),
+        total=whole(said, "total_steps"),
+        not_saved=text(said, "save_error"),
         progress=progress,
         checkpoint=checkpoint,
         checkpoint_time=checkpoint_time,
@@ -168,7 +169,7 @@ def gather(path: Path, submissions: Sequence[record.Submission] | None = None) -
         changed=max(_mtime(path / name) for name in ("run.json", "metrics.jsonl")) or _mtime(path),
         start=start,
         failure=_failure(path, attempt),
-        reason=_text(_load(path / f"attempts/{attempt}/exit-00000.json", []) or {}, "reason"),
+        reason=text(load(path / f"attempts/{attempt}/exit-00000.json"), "reason"),
         verdict=_verdict(path),
         cancelled=_cancelled(path, None if jobs else start),
         submissions=jobs,
@@ -197,24 +198,16 @@ def near(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def tail(path: Path, size: int = TAIL) -> list[str]:
-    """The last lines of a file, out of its last `size` bytes; none where there is no file."""
-    try:
-        with open(path, "rb") as file:
-            start = max(0, os.fstat(file.fileno()).st_size - size)
-            file.seek(start)
-            lines = file.read(size).decode(errors="replace").split("\n")
-    except OSError:
-        return []
-    return lines[1:] if start else lines
-
-
 def _progress(path: Path, attempt: int, global_step: int | None) -> Progress:
     """The newest lines that count: see launcher/scores.py.
 
     What an earlier attempt wrote of steps that the newest one has not come to counts only as far as that went on from.
     """
-    lines = list(_lines(path))
+    lines: list[tuple[int, int, Mapping[str, Any]]] = []
+    for number, step, line in _lines(path):
+        if "rewound_from" in line:
+            lines = [one for one in lines if one[0] > number or one[1] <= step]
+        lines.append((number, step, line))
     first: dict[int, int] = {}
     for number, step, _ in lines:
         first[number] = min(step, first.get(number, step))
@@ -239,11 +232,11 @@ def _progress(path: Path, attempt: int, global_step: int | None) -> Progress:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-    for text in tail(path):
+    for written in tail(path):
         with suppress(ValueError, RecursionError):  # torn by a kill
-            line = json.loads(text)
-            if isinstance(line, dict) and (step := _whole(line, "step")) is not None:
-                yield _whole(line, "attempt") or 0, step, line
+            line = json.loads(written)
+            if isinstance(line, dict) and (step := whole(line, "step")) is not None:
+                yield whole(line, "attempt") or 0, step, line
 
 
 def _checkpoint(path: Path) -> tuple[int | None, float | None]:
@@ -256,30 +249,23 @@ def _checkpoint(path: Path) -> tuple[int | None, float | None]:
 
 
 def _start(path: Path, attempt: int, faults: list[str]) -> Start | None:
-    said = _load(path / f"attempts/{attempt}/started.json", faults) or {}
-    host, pid = _text(said, "host"), _whole(said, "pid")
+    said = load(path / f"attempts/{attempt}/started.json", faults)
+    host, pid = text(said, "host"), whole(said, "pid")
     around = said.get("environment")
     names = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
-    job, array, task = (_text(around, name) if isinstance(around, dict) else "" for name in names)
+    job, array, task = (text(around, name) if isinstance(around, dict) else "" for name in names)
     try:
-        when = datetime.fromisoformat(_text(said, "started")).timestamp()
+        when = datetime.fromisoformat(text(said, "started")).timestamp()
     except (ValueError, OverflowError):
         when = _mtime(path / f"attempts/{attempt}/started.json")
     return Start(host, pid, when, f"{array}_{task}" if array and task else job) if host and pid else None
 
 
 def _failure(path: Path, attempt: int) -> Failure | None:
-    said = _load(path / f"attempts/{attempt}/failed", [])
+    said = evidence.failure(path, attempt)
     if said is None:
         return None
-    return Failure(
-        _text(said, "error") or "it does not say why",
-        rank=_whole(said, "rank"),
-        step=_whole(said, "step"),
-        host=_text(said, "host"),
-        kind=_text(said, "kind"),
-        retry=said.get("retry") is True,
-    )
+    return Failure(said.message, said.rank if said.rank >= 0 else None, said.step, said.host, said.kind, said.retry)
 
 
 def _verdict(path: Path) -> tuple[str, str] | None:
@@ -300,34 +286,6 @@ def _submissions(path: Path, faults: list[str]) -> list[record.Submission]:
     except (OSError, TypeError) as error:
         faults.append(f"slurm/jobs.jsonl cannot be read: {getattr(error, 'strerror', None) or error}")
         return []
-
-
-def _load(path: Path, faults: list[str]) -> dict[str, Any] | None:
-    """A JSON object; None where there is no file, {} (and a fault) where there is none in it."""
-    try:
-        said = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        faults.append(f"{path.name} cannot be read: {error.strerror}")
-        return {}
-    except (ValueError, RecursionError) as error:
-        faults.append(f"{path.name} is broken: {error}")
-        return {}
-    if not isinstance(said, dict):
-        faults.append(f"{path.name} is broken: it holds no object")
-        return {}
-    return said
-
-
-def _whole(said: Mapping[str, Any], key: str) -> int | None:
-    value = said.get(key)
-    return value if type(value) is int and 0 <= value < 2**63 else None
-
-
-def _text(said: Mapping[str, Any], key: str) -> str:
-    value = said.get(key)
-    return value if isinstance(value, str) else ""
 
 
 def _words(said: Mapping[str, Any], key: str) -> tuple[str, ...]:

@@ -90,14 +90,14 @@ def _logs(path: Path, options: Namespace) -> Logs:
     if options.job:
         output = _output(path)
         if output is None:
-            raise LauncherError(f"{path} has had no job: launcher run, which started it, prints to its terminal")
+            raise LauncherError(f"{path} has had no job, only starts by hand: leave out --job")
         if not output.exists():
             raise LauncherError(f"{output} is not there: the job has not started yet (-f waits for it)")
         return {"": output}
     logs = rank_logs(path)
     if not logs:
         if _output(path) is None:
-            raise LauncherError(f"{path} has no logs: launcher run, which started it, prints to its terminal")
+            raise LauncherError(f"{path} has no logs: no start of it has come as far as to open the run directory")
         raise LauncherError(f"{path} has no logs yet (-f waits for them)")
     if options.all:
         return {f"[{next(iter(logs.values())).name[:4]} {number}] ": file for number, file in logs.items()}

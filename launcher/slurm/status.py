@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UsageError
+from launcher.evidence import tail
 from launcher.parser import Parser
 from launcher.show import print_json, print_table, printable
 from launcher.slurm import record
-from launcher.slurm.facts import job_output, near, rank_logs, tail
+from launcher.slurm.facts import job_output, near, rank_logs
 from launcher.slurm.standing import ACTIVE, Heard, Standing, Sweep, ask, clock, stand, stand_of_sweep
+from launcher.verdict import judged
 
 __all__ = ["main"]
 
@@ -30,7 +32,7 @@ RIGHT = ("STEP", "LOSS", "RATE", "RESTARTS", "LEFT")
 KEYS = (
     *("run", "job", "jobs", "job_state", "state", "why", "status", "step", "total", "loss", "rate", "rate_unit"),
     *("restarts", "attempt", "world_size", "checkpoint", "checkpoint_time", "seconds_left", "starts", "nodes"),
-    *("node_list", "hosts", "command", "changed", "logs", "point", "options", "points"),
+    *("node_list", "hosts", "command", "changed", "logs", "verdict", "point", "options", "points"),
 )
 Row = Standing | Sweep
 
@@ -147,6 +149,7 @@ def _show(row: Standing) -> None:
         ("run", near(facts.path)),
         ("state", row.state),
         ("why", row.why),
+        ("verdict", _verdict(row)),
         ("step", _step(row, percent=True)),
         ("loss", _loss(row)),
         ("rate", _rate(row)),
@@ -182,6 +185,14 @@ def _show_end(row: Standing, logs: dict[int, Path]) -> None:
         print(f"\nthe last lines of {printable(str(log))}:")
         for line in lines[-LAST_LINES:]:
             print(f"  {printable(line.rstrip(chr(13)).rpartition(chr(13))[2].expandtabs())}")
+
+
+def _verdict(row: Standing) -> str:
+    """How a run that is over, and not finished, ended; a start that is still to go on has none."""
+    facts = row.facts
+    if not facts.attempt or row.state in (*ACTIVE, "finished", "broken"):
+        return ""
+    return judged(facts.path, facts.attempt).text
 
 
 def _show_sweep(sweep: Sweep) -> None:
@@ -251,7 +262,7 @@ def _span(seconds: int) -> str:
 
 def _as_json(row: Row, *, alone: bool) -> list[dict[str, Any]]:
     if isinstance(row, Standing):
-        return [_run_as_json(row)]
+        return [{**_run_as_json(row), "verdict": (_verdict(row) or None) if alone else None}]
     points = [
         {**_run_as_json(one), "point": one.facts.path.name, "options": dict(options)}
         for one, options in zip(row.points, row.options, strict=True)

@@ -138,9 +138,9 @@ DEFECTS = {
             ),
         ),
         "resume",
-        "what is saved",
-        "ema (dict) changes as the recipe trains",
-        "run.track(obj), an average of weights as launcher.EMA(model)",
+        "what the recipe holds",
+        "ema (dict) is not what it was, after a resume",
+        "run.track(obj), an average of weights as launcher.EMA(run, model)",
     ),
     "a parameter that some ranks do not use": Defect(
         "classify",
@@ -183,7 +183,7 @@ DEFECTS = {
         ),
         "determinism",
         "the same run twice",
-        "the learning rate is",
+        "the optimizer is given lr",
         "a pure function of step.index",
     ),
     "zero_grad within the accumulation": Defect(

@@ -31,6 +31,8 @@ from tests.harness import ROOT, clean_environment, launch
         (["r.py", "--run.workers", "2"], "--run.workers: launcher check sets it"),
         (["r.py", "--run.save_every=2"], "--run.save_every: launcher check sets it"),
         (["--keep", "full", "r.py"], "--keep full is not empty"),
+        (["--nproc", "1", "--only", "ddp", "r.py"], "--only ddp: that needs two processes"),
+        (["r.py", "--help"], "launcher run RECIPE --help"),
     ],
 )
 def test_a_wrong_option_is_one_line(tmp_path, monkeypatch, argv, said):
@@ -85,8 +87,8 @@ def test_its_batches_are_uneven(world_size):
         (0.5, 0.0, 3, 2, "1/2 = 1 / world size: the loss is divided by it"),
         (3.1, 0.1, 3, 2, "about 3 = the step's micro-batches: the loss is averaged"),
         (1 / 3, 0.0, 3, 1, "1/3 = 1 / the step's micro-batches"),
-        (0.98, 0.2, 3, 2, "micro-batches weigh otherwise than their samples do"),
-        (1.0, 0.0, 1, 1, "something beside the gradient differs"),
+        (0.98, 0.2, 3, 2, "no sum over samples"),
+        (1.0, 0.0, 1, 1, "the numbers are rounded otherwise"),
     ],
 )
 def test_a_ratio_is_explained(ratio, rest, microbatches, world_size, said):

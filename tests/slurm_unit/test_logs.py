@@ -100,7 +100,7 @@ def test_a_point_of_a_sweep(sweep: Callable[[int], Path], read: Read) -> None:
 def test_what_is_not_there(make: Make) -> None:
     run = make().facts("pending")
     for argv in ([], ["-f"]):
-        with pytest.raises(LauncherError, match="has no logs: launcher run, which started it, prints to its terminal"):
+        with pytest.raises(LauncherError, match="has no logs: no start of it has come as far"):
             logs.main(["runs/a", *argv])
     with pytest.raises(LauncherError, match="has had no job"):
         logs.main(["runs/a", "--job"])

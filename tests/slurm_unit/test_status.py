@@ -204,6 +204,16 @@ def test_steps_that_a_later_attempt_trains_anew_do_not_count(make: Make) -> None
     assert (gather(run.path).step, gather(run.path).progress.loss) == (101, 1.0)
 
 
+def test_steps_that_the_run_has_gone_back_from_do_not_count(make: Make) -> None:
+    run = make().facts("running", attempt=1, global_step=100)
+    run.metrics((1, 100, 2.0), (1, 130, 9.0))
+    lines = (run.path / "metrics.jsonl").read_text() + '{"attempt": 1, "step": 100, "rewound_from": 131}\n'
+    run.write("metrics.jsonl", lines)
+    assert (gather(run.path).step, gather(run.path).progress.loss) == (100, 2.0)
+    run.write("metrics.jsonl", lines + '{"attempt": 1, "step": 110}\n')
+    assert gather(run.path).step == 110
+
+
 def test_only_the_end_of_long_metrics_is_read(make: Make) -> None:
     run = make().facts("running", global_step=0)
     run.metrics(*((1, step, 1.0) for step in range(1, 5001)))
