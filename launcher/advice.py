@@ -62,7 +62,8 @@ def _of_killed(evidence: Evidence, first: Word) -> str:
         return f"Out of host memory.{_settings(evidence, first.step, on_gpu=False)}"
     if "native code" in first.message:
         return f"A crash: {AGAIN}, and if it comes again at the same step it is the code's."
-    return f"Nothing in the run itself says why: {AGAIN}."
+    unknown = "Killed from outside, crashed, or gone with its machine" if "without a word" in first.message else ""
+    return f"{unknown or 'Nothing in the run itself says why'}: {AGAIN}."
 
 
 def _settings(evidence: Evidence, step: int | None, *, on_gpu: bool) -> str:

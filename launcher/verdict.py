@@ -147,10 +147,10 @@ def _of_silent(evidence: Evidence) -> Word:
     silent = evidence.silent
     if (node := _lost_node(evidence)) is not None:
         ranks = [rank for rank in silent if evidence.host(rank) == node]
-        message = f"{node} was lost, with {_count(len(ranks), 'rank')}: its processes have not said a word"
+        message = f"{node} was lost with {_count(len(ranks), 'rank')}"
         return Word(ranks[0], "lost", message=message, step=evidence.stepped, host=node)
     if len(silent) == evidence.world_size > 1 and not evidence.codes and not evidence.srun:
-        message = f"all {len(silent)} ranks have ended without a word: killed from outside, or the machine went down"
+        message = f"all {len(silent)} ranks have ended without a word"
         return Word(silent[0], "killed", message=message, step=evidence.stepped, host=evidence.host(silent[0]))
     rank = min(silent, key=lambda rank: (_follows(evidence, rank), rank))
     kind, message, place = _death(evidence, rank)
@@ -188,7 +188,7 @@ def _death(evidence: Evidence, rank: int) -> tuple[str, str, Place | None]:
         return "killed", f"was killed by {name}" if code is None or code < 0 else f"ended with {name}", None
     if code is not None:
         return "killed", f"left without a word, with exit code {code} (os._exit?)", None
-    return "killed", "ended without a word: killed from outside, or crashed", None
+    return "killed", "ended without a word", None
 
 
 def _for_memory(evidence: Evidence, rank: int) -> str:
@@ -270,7 +270,7 @@ def _others(evidence: Evidence, first: Word) -> str:
         parts.append(f"{_count(len(peers), 'rank')} then lost {'its' if len(peers) == 1 else 'their'} peer")
     if stopped:
         parts.append(f"{_count(len(stopped), 'rank')} {_was(len(stopped))} stopped")
-    if silent and len(silent) + 1 < evidence.world_size:
+    if silent and len(silent) + 1 < evidence.world_size + (first.rank in evidence.words):
         parts.append(f"{_count(len(silent), 'rank')} left no word")
     text = ", ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -1,5 +1,6 @@
 """Any dataset, read by position: one call a micro-batch where it can, the same bytes for any number of workers."""
 
+import os
 import random
 
 import datasets
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from launcher.data import Feed, Loader
 from launcher.errors import UsageError
+from launcher.failure import kind_of
 from launcher.order import Plan
 from launcher.stream import Stream
 from launcher.world import World
@@ -168,3 +170,53 @@ def test_a_stream_takes_one_worker_at_most():
     stream = datasets.IterableDataset.from_generator(shards)
     with pytest.raises(UsageError, match=r"--run\.workers 1"):
         loader(stream, workers=2).batches(iter(()), World())
+
+
+class Breaking:
+    """A data set of which sample 5 cannot be read."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise KeyError("label")
+        return torch.tensor(index)
+
+
+class Dying(Breaking):
+    def __getitem__(self, index):
+        os._exit(3)
+
+
+def fails(data, error, **options):
+    """The exception that reading it raises, of the data's own type, and what it and its notes say."""
+    with pytest.raises(error) as caught:
+        read(data, steps=2, microbatch_size=4, shuffle=False, **options)
+    caught.value.__traceback__ = None  # its frames hold the worker, which Python would wait for at its end
+    return caught.value, "\n".join([*getattr(caught.value, "__notes__", ()), str(caught.value)])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exception_names_the_sample_and_the_loader(workers):
+    _, said = fails(Breaking(), KeyError, workers=workers)
+    assert said.count("(launcher: sample 5 of loader 'loader')") == said.count("(launcher: ") == 1
+
+
+def test_an_exception_of_a_collate_names_all_of_its_samples():
+    _, said = fails(range(8), KeyError, collate=lambda _: {}["x"])
+    assert "(launcher: samples 0, 1, 2, 3 of loader 'loader')" in said
+
+
+def test_an_exception_of_a_stream_says_how_far_it_was():
+    def rows():
+        yield from (torch.zeros(1) for _ in range(5))
+        raise KeyError("label")
+
+    _, said = fails(rows(), KeyError)
+    assert "(launcher: micro-batch 1 that this rank read of loader 'loader')" in said
+
+
+def test_a_data_worker_that_dies():
+    error, _ = fails(Dying(), RuntimeError, workers=1)
+    assert kind_of(error) == "data"

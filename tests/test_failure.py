@@ -3,10 +3,16 @@
 import errno
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from launcher.errors import CheckpointError, LauncherError, UsageError, WorldError
-from launcher.failure import kind_of, may_pass
+from launcher.errors import CheckpointError, LauncherError, NumbersError, UsageError, WorldError
+from launcher.failure import kind_of, kind_of_text, may_pass
+
+
+def noted(error):
+    error.add_note("(launcher: sample 3 of loader 'a')")
+    return error
 
 
 @pytest.mark.parametrize(
@@ -16,16 +22,13 @@ from launcher.failure import kind_of, may_pass
         RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 9x4)"),
         RuntimeError("CUDA error: device-side assert triggered"),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
-        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
         RuntimeError("unknown error"),  # nobody says of what
         KeyError("Connection reset by peer"),  # no connection's error, whatever it holds
         FileNotFoundError(errno.ENOENT, "No such file or directory"),
-        OSError(errno.ENOSPC, "No space left on device"),
         PermissionError(errno.EACCES, "Permission denied"),
         AssertionError(),
         LauncherError("loss is no sum"),
         UsageError("--lr"),
-        MemoryError(),
     ],
 )
 def test_code(error):
@@ -70,6 +73,45 @@ def test_peer(error):
 def test_hardware(error):
     assert kind_of(error) == "hardware"
     assert may_pass("hardware")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("memory", RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")),
+        ("memory", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")),
+        ("memory", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+        ("memory", RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")),
+        ("memory", MemoryError()),
+        ("memory", OSError(errno.ENOMEM, "Cannot allocate memory")),
+        ("disk", OSError(errno.ENOSPC, "No space left on device")),
+        ("disk", OSError(errno.EDQUOT, "Disk quota exceeded")),
+        ("disk", OSError(errno.EROFS, "Read-only file system")),
+        ("disk", OSError("Caught OSError in DataLoader worker process 0.\nOSError: [Errno 28] No space left on device")),
+        ("data", RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")),
+        ("data", RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly")),
+        ("data", noted(KeyError("label"))),
+        ("data", ValueError("Caught ValueError in DataLoader worker process 0.\n(launcher: sample 3 of loader 'a')")),
+        ("memory", noted(MemoryError())),
+        ("hardware", noted(OSError(errno.EIO, "Input/output error"))),
+        ("network", noted(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))),
+        ("network", noted(TimeoutError("the read timed out"))),
+        ("numbers", NumbersError("nan")),
+    ],
+)
+def test_other_kinds(kind, error):
+    assert kind_of(error) == kind
+    assert may_pass(kind) == (kind in ("hardware", "network"))
+
+
+def test_of_a_death_in_native_code():
+    assert kind_of_text("terminate called after throwing an instance of 'std::bad_alloc'") == "memory"
+    assert kind_of_text("op.preamble.length <= op.nbytes. 8 vs 4. ... a distributed collective mismatch") == "code"
+    assert kind_of_text("Fatal Python error: Segmentation fault") == "killed"
+
+
+def test_an_unknown_kind_is_not_tried_again():
+    assert not may_pass("something new")
 
 
 def caught(build):

@@ -192,7 +192,8 @@ def _verdict(row: Standing) -> str:
     facts = row.facts
     if not facts.attempt or row.state in (*ACTIVE, "finished", "broken"):
         return ""
-    return judged(facts.path, facts.attempt).text
+    found = judged(facts.path, facts.attempt)
+    return "" if row.state == "cancelled" and found.kind != "stopped" else found.text  # `why` knows better
 
 
 def _show_sweep(sweep: Sweep) -> None:

@@ -44,7 +44,12 @@ class Drill:
         command = [sys.executable, "-m", "launcher", "run", "--nproc", nproc, RECIPE, *given]
         environ = clean_environment() | {"PYTHONPATH": str(ROOT), "DEATH": death} | env
         self.process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environ,
+            start_new_session=True,
         )
 
     def dying(self) -> list[float]:
@@ -55,7 +60,7 @@ class Drill:
         try:
             out, err = self.process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGTERM)
+            os.killpg(self.process.pid, signal.SIGKILL)
             out, err = self.process.communicate()
             raise AssertionError(f"it does not end:\n{out}\n{err}") from None
         died = Died(self.process.returncode, out, err, time.time() - max(self.dying(), default=0.0))
