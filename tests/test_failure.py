@@ -87,7 +87,7 @@ def test_hardware(error):
         ("disk", OSError(errno.ENOSPC, "No space left on device")),
         ("disk", OSError(errno.EDQUOT, "Disk quota exceeded")),
         ("disk", OSError(errno.EROFS, "Read-only file system")),
-        ("disk", OSError("Caught OSError in DataLoader worker process 0.\nOSError: [Errno 28] No space left on device")),
+        ("disk", OSError("Caught OSError in DataLoader worker 0.\nOSError: [Errno 28] No space left on device")),
         ("data", RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")),
         ("data", RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly")),
         ("data", noted(KeyError("label"))),
