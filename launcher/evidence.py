@@ -157,16 +157,17 @@ def read_evidence(path: Path, attempt: int, beside: Path | None = None) -> Evide
     if beside is not None:
         words = {**read_of_ranks(beside)[1], **words}
     codes = load((root if beside is None else beside) / "codes.json").get("codes")
-    world_size = whole(started, "world_size") or 1
+    marked = failure(path, attempt)
+    known = max([0, *ranks, *words, *left, *([marked.rank] if marked is not None else [])])
     return Evidence(
         path=path,
         attempt=attempt,
-        world_size=world_size,
+        world_size=whole(started, "world_size") or whole(said, "world_size") or known + 1,
         started=when(started.get("started")),
         status=text(said, "status"),
         ranks=ranks,
         words=words,
-        marked=failure(path, attempt),
+        marked=marked,
         seen=seen,
         left=left,
         codes={int(rank): code for rank, code in codes.items() if rank.isdigit() and type(code) is int}

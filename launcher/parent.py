@@ -57,7 +57,7 @@ def run(command: Command) -> int:
 def _wait(command: Command, room: Path) -> int:
     """Start the command, and wait for its end; its exit code, negative for a signal."""
     many = command.processes > 1
-    argv = _quietly(command.argv, room / "agent.txt") if many else list(command.argv)
+    argv = _quietly(command.argv, room) if many else list(command.argv)
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
 
@@ -74,7 +74,7 @@ def _wait(command: Command, room: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        environ = {**os.environ, **command.variables, **(_redirects(command.processes, room) if many else {})}
+        environ = {**os.environ, **command.variables, **(_redirects(command.processes) if many else {})}
         child = subprocess.Popen(argv, env={**environ, PARENT: str(room)}, preexec_fn=_with_parent(os.getpid()))
         for number in early:
             pass_on(number, None)
@@ -114,20 +114,19 @@ def _with_parent(parent: int) -> Callable[[], None]:
     return prepare
 
 
-def _quietly(argv: Sequence[str], file: Path) -> list[str]:
-    """The agent's command line, with what it says itself in a file."""
+def _quietly(argv: Sequence[str], room: Path) -> list[str]:
+    """The agent's command line, with what it says itself in a file in `room`."""
     quiet = Path(__file__).with_name("quiet.py")
     script = argv[1:] if argv[0] == sys.executable else argv
-    return [sys.executable, "-P", str(quiet), str(file), *script]
+    return [sys.executable, "-P", str(quiet), str(room), *script]
 
 
-def _redirects(processes: int, room: Path) -> dict[str, str]:
+def _redirects(processes: int) -> dict[str, str]:
     """Until they have opened the run directory, the errors of ranks other than 0 go to files: of all, one is enough.
 
-    torch's agent takes them from its environment: torch/distributed/run.py, --redirects and --log-dir; 2 is stderr.
+    torch's agent takes it from its environment: torch/distributed/run.py, --redirects; 2 is stderr.
     """
-    files = ",".join(f"{rank}:2" for rank in range(1, processes))
-    return {"PET_REDIRECTS": files, "PET_LOG_DIR": str(room / "ranks")}
+    return {"PET_REDIRECTS": ",".join(f"{rank}:2" for rank in range(1, processes))}
 
 
 def _tell(command: Command, code: int, room: Path) -> int:
@@ -178,7 +177,7 @@ def _tell_beginning(command: Command, code: int, codes: Mapping[int, int], agent
 
 def _show_errors(room: Path, ranks: str) -> None:
     """What ranks have printed to stderr before they had a run directory."""
-    for log in sorted((room / "ranks").glob(f"*/attempt_0/{ranks}/stderr.log")):
+    for log in sorted(room.glob(f"torchelastic_*/*/attempt_0/{ranks}/stderr.log")):
         print("\n".join(tail(log)), end="", file=sys.stderr)
 
 

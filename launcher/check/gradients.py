@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +78,7 @@ def measure(reference: Outcome, double: Outcome) -> Measure:
 def gradients_of(outcome: Outcome) -> Gradients:
     """Every gradient of the first step, in the order of the parameters."""
     gradients: Gradients = {}
-    for path in sorted(Path(outcome.log.parent).glob("gradients-*.safetensors")):
+    for path in sorted(outcome.out.glob("gradients-*.safetensors")):
         with safe_open(path, framework="np") as file:
             gradients |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     order = {name: k for k, name in enumerate(outcome.trace.weights())}

@@ -26,6 +26,7 @@ from typing import Any
 
 from launcher.check.settings import Settings
 from launcher.check.trace import Trace, read_trace
+from launcher.output import log_path
 from launcher.verdict import judged
 
 __all__ = ["Bench", "Outcome", "Trial", "bench", "partial_saves"]
@@ -68,7 +69,10 @@ class Outcome:
     codes: tuple[int, ...]
     trace: Trace
     rundir: Path
+    out: Path
+    """What it has written down."""
     log: Path
+    """What the rank that failed first has printed, else rank 0."""
     fault: str = ""
     """Why it failed, in a line; empty where it has not."""
 
@@ -199,7 +203,9 @@ class _Running:
             fault = "it ended before its train function returned"
         if self._late:
             fault = f"it did not end in time: {fault}"
-        return Outcome(self.trial, codes, trace, self._rundir, self._out / f"rank-{rank}.txt", fault)
+        kept = log_path(self._rundir, rank)  # from when the run directory was open
+        log = kept if kept.exists() else self._out / f"rank-{rank}.txt"
+        return Outcome(self.trial, codes, trace, self._rundir, self._out, log, fault)
 
 
 @contextmanager

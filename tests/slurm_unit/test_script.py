@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -402,6 +403,21 @@ def test_lost(tmp_path):
     job.scene.failed(number, rank=0, step=1, error="RuntimeError: Connection closed", kind="peer", retry=True)
     assert job.play().verdict == "lost: RuntimeError: Connection closed"
     assert job.requeued == ["55"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_failure_is_told_in_a_paragraph_on_which_nothing_hangs(tmp_path, broken):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n{"exit 9" if broken else f"exec {sys.executable}"} "$@"\n')
+    python.chmod(0o755)
+    job = Job(tmp_path, python=str(python), environment={"PYTHONPATH": str(Path(__file__).parents[2])})
+    number = job.attempt(status="failed")
+    job.scene.failed(number, rank=1, step=3, error="ValueError: mine", kind="code")
+    ended = job.play()
+    assert (ended.code, ended.verdict) == (1, "failed: ValueError: mine")
+    assert ("launcher: rank 1 failed first at step 3: ValueError: mine." in ended.output) != broken
+    job.attempt(status="finished")
+    assert "failed first" not in job.play().output.partition("finished: ")[2]
 
 
 def test_an_older_starts_facts_are_not_this_ones(tmp_path):

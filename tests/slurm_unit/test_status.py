@@ -259,6 +259,33 @@ def test_hostile_files(make: Make, no_slurm: None, capsys: pytest.CaptureFixture
         assert "\x1b" not in said
 
 
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "attempts/1/failed", "attempts/1/started.json"])
+def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(name: str, make: Make, slurm: Slurm, told: Told) -> None:
+    run = make().facts("failed").start()
+    (run.path / name).unlink(missing_ok=True)
+    os.mkfifo(run.path / name)
+    (one,) = told("runs/a")
+    assert one["state"] in ("failed", "running")
+    assert name != "run.json" or "run.json cannot be read: it is no regular file" in one["why"]
+
+
+def test_the_verdict_is_told_of_one_run(
+    make: Make, slurm: Slurm, told: Told, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make().facts("failed", world_size=2).start()
+    said = {"rank": 1, "step": 3, "kind": "code", "type": "ValueError", "message": "mine", "time": "2026-01-01"}
+    run.write("attempts/1/error-00001.json", said)
+    run.write("attempts/1/error-00000.json", said | {"rank": 0, "kind": "peer", "message": "closed"})
+    paragraph = "rank 1 failed first at step 3: ValueError: mine. 1 rank then lost its peer. A code error: "
+    (one,) = told("runs/a")
+    assert one["verdict"] == f"{paragraph}it will fail the same way again."
+    assert f"verdict       {paragraph}" in shown(capsys, run.path)
+    make("b").facts("running").start()
+    assert [row["verdict"] for row in told()] == [None, None]
+    (one,) = told("runs/b")
+    assert one["verdict"] is None or one["state"] != "running"
+
+
 def test_the_list(make: Make, slurm: Slurm, told: Told, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = time.time() - 2 * 86_400
     for name, age, state in (("old", old, "finished"), ("lost", old, "failed"), ("new", 0, "finished")):
