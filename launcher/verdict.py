@@ -31,6 +31,8 @@ __all__ = ["Verdict", "judge", "judged", "of_one"]
 
 LONGEST = 400  # characters of a message that others wrote
 SIGNALLED = ("preempted", "cancelled")
+SAID = {signal.strsignal(one): one.name for one in signal.Signals}  # srun says `Killed` of SIGKILL
+OOM = "Out Of Memory"
 ON_RANK = re.compile(r"\bon rank (\d+)")
 ENFORCED = re.compile(r"\[enforce fail at [^\]]*\] (err == 0\. )?")  # c10's and gloo's: where in their code
 
@@ -175,17 +177,20 @@ def _follows(evidence: Evidence, rank: int) -> bool:
 def _death(evidence: Evidence, rank: int) -> tuple[str, str, Place | None]:
     """Kind, message and place of a death without a word."""
     code, said = evidence.codes.get(rank), evidence.last_words(rank)
-    name = _signal(code) or evidence.srun.get(rank, "")
+    told = evidence.srun.get(rank, "")
+    name = _signal(code) or SAID.get(told.removesuffix(" (core dumped)"), "")
     crash = said.rpartition("Fatal Python error: ")[2] if "Fatal Python error: " in said else ""
     if crash:
         kind = kind_of_text(said)
         what = said.partition("what():")[2].partition("\n")[0].strip()
         name = name or crash.partition("\n")[0].strip()
         return kind, f"crashed in native code ({name})" + (f": {what}" if what else ""), read_places(crash)[0]
-    if code in (None, -signal.SIGKILL) and (told := _for_memory(evidence, rank)):
-        return "killed", f"was killed by the kernel because the host's memory was used up ({told})", None
+    if code in (None, -signal.SIGKILL) and (known := _for_memory(evidence, rank) or (told if OOM in told else "")):
+        return "killed", f"was killed by the kernel because the host's memory was used up ({known})", None
     if name:
-        return "killed", f"was killed by {name}" if code is None or code < 0 else f"ended with {name}", None
+        return "killed", f"was killed by {name}", None
+    if told:
+        return "killed", f"left without a word; srun says: {told}", None
     if code is not None:
         return "killed", f"left without a word, with exit code {code} (os._exit?)", None
     return "killed", "ended without a word", None

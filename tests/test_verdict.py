@@ -271,8 +271,13 @@ def test_under_slurm(tmp_path):
     new = "launcher: 2026-01-02 job 55 start 1 on n: x\nsrun: error: n: tasks 3,5-9: Out Of Memory\n"
     (tmp_path / "slurm" / "55.out").write_text(old + new)
     found = judged(tmp_path)
-    assert found.text.startswith("rank 3 on alpha was killed by Out Of Memory at step 7.")
+    assert found.text.startswith(
+        "rank 3 on alpha was killed by the kernel because the host's memory was used up (Out Of"
+    )
     assert found.text.endswith("The newest checkpoint is of step 5.")
+    for said, told in (("Killed", "was killed by SIGKILL"), ("Segmentation fault (core dumped)", "by SIGSEGV at")):
+        (tmp_path / "slurm" / "55.out").write_text(old + new.replace("Out Of Memory", said))
+        assert told in judged(tmp_path).text
     scene.error(3, 4.0)
     assert " it will fail the same way again, so it is not retried." in judged(tmp_path).text
     for rank in range(4):
