@@ -10,7 +10,7 @@ from importlib import import_module
 
 from launcher.command import local_command, visible_gpus
 from launcher.errors import LauncherError, UsageError
-from launcher.parser import Parser
+from launcher.parser import Parser, recipe_index
 from launcher.show import printable
 
 __all__ = ["main"]
@@ -39,6 +39,9 @@ FUNCTIONS = {
     "doctor": "launcher.doctor.command:main",
     "ckpt": "launcher.ckpt:main",
 }
+
+
+RUN_FLAGS = {"--gpus": 1, "--nproc": 1, "--dry-run": 0, "--help": 0, "-h": 0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +105,7 @@ def _run(argv: list[str]) -> int:
     where.add_argument("--gpus", type=int, metavar="N", help="GPUs, a process each; 0: one CPU process (default: all)")
     where.add_argument("--nproc", type=int, metavar="N", help="CPU processes, in place of GPUs")
     parser.add_argument("--dry-run", action="store_true", help="only print the command line that this stands for")
-    end = _recipe_index(argv)
+    end = recipe_index(argv, RUN_FLAGS, "launcher run")
     options = parser.parse_args(argv[:end])
     for name, least in (("gpus", 0), ("nproc", 1)):
         number = getattr(options, name)
@@ -119,20 +122,6 @@ def _run(argv: list[str]) -> int:
 
     print(f"+ {command}", file=sys.stderr)
     return run(command)
-
-
-def _recipe_index(argv: list[str]) -> int:
-    """Where the recipe's path stands: behind the launcher's own options and their values."""
-    index = 0
-    while index < len(argv) and argv[index].startswith("-"):
-        name = argv[index].partition("=")[0]
-        if name not in ("--gpus", "--nproc", "--dry-run", "--help", "-h"):
-            raise UsageError(
-                f"launcher run has no option {name}: before RECIPE stand --gpus, --nproc and --dry-run, "
-                "after it the recipe's own options"
-            )
-        index += 2 if argv[index] in ("--gpus", "--nproc") else 1
-    return min(index, len(argv))
 
 
 def _version() -> str:

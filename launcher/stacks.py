@@ -25,7 +25,7 @@ ASK = signal.SIGRTMIN + 6  # a data worker answers it with its stack; NCCL and s
 ANSWER = "launcher-stack"  # the name of the memory that a worker writes its answer to
 PATIENCE = 1.0  # seconds for a worker's answer
 FRAME = re.compile(r'File "(.+)", line (\d+) in (.+)')  # as faulthandler writes one
-LIBRARIES = ("/site-packages/", "/dist-packages/", "<frozen", str(Path(__file__).parent))
+LIBRARIES = ("/site-packages/", "/dist-packages/", "<frozen", f"{Path(__file__).parent}/")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from launcher.check.finding import Finding
 from launcher.command import check_recipe, visible_gpus
 from launcher.errors import LauncherError, UsageError
-from launcher.parser import Parser
+from launcher.parser import Parser, recipe_index
 from launcher.show import print_json, print_table
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ FLAGS = {"--only": 1, "--nproc": 1, "--gpus": 1, "--seed": 1, "--keep": 1, "--js
 def main(argv: Sequence[str]) -> int:
     """`launcher check [options] RECIPE [recipe options]`: 0 where everything holds, 1 where something does not."""
     parser = _parser()
-    end = _recipe_index(argv)
+    end = recipe_index(argv, FLAGS, "launcher check")
     options = parser.parse_args(argv[:end])
     if end == len(argv):
         raise UsageError("launcher check needs a RECIPE: the path of a Python file")
@@ -178,20 +178,6 @@ def _parser() -> Parser:
     parser.add_argument("--keep", metavar="DIR", help="where the runs go, and stay; default: they stay if one fails")
     parser.add_argument("--json", action="store_true", help="for scripts")
     return parser
-
-
-def _recipe_index(argv: Sequence[str]) -> int:
-    """Where the recipe's path stands: behind the check's own options and their values."""
-    index = 0
-    while index < len(argv) and argv[index].startswith("-"):
-        name, equals, _ = argv[index].partition("=")
-        if name not in FLAGS:
-            raise UsageError(
-                f"launcher check has no option {name}: before RECIPE stand {', '.join(sorted(FLAGS))}, "
-                "after it the recipe's own options"
-            )
-        index += 1 if equals else 1 + FLAGS[name]
-    return min(index, len(argv))
 
 
 def _check_options(own: Sequence[str]) -> None:

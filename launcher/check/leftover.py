@@ -11,7 +11,6 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,13 @@ import numpy as np
 import torch
 
 from launcher.check.digest import digest
+from launcher.stacks import Place, is_own
 
 if TYPE_CHECKING:
     from launcher.run import Run
 
 __all__ = ["Leftovers"]
 
-OURS = Path(__file__).parent.parent
-LIBRARIES = (Path(sys.prefix), Path(sys.base_prefix))
 DEPTH = 3  # of objects and containers, one in another
 MANY = 1000  # members of a container; one that has more is data
 
@@ -93,7 +91,7 @@ def _state(value: Any, depth: int) -> Any:
 
 def _is_recipes(path: str) -> bool:
     """Whether a file is the person's own."""
-    return bool(path) and not path.startswith("<") and not any(map(Path(path).is_relative_to, (OURS, *LIBRARIES)))
+    return bool(path) and is_own(Place(path, 0, ""))
 
 
 def _source(kind: type) -> str:

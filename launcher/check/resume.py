@@ -66,7 +66,9 @@ def resume(
     if outcome.ok and not went_on:
         why = f"{struck} kills, and no start went on from a checkpoint: nothing is proved"
         return [Finding("resume", what, False, why, _log(outcome, seed))]
-    how = f"{struck} kills, {len(torn)} within a save, {len(went_on)} starts from a checkpoint"
+    how = (
+        f"{struck} kills, {len(torn)} within a save, {len(went_on)} start{'s' * (len(went_on) != 1)} from a checkpoint"
+    )
     return [_compared(base, again, outcome, how, seed), _held(base, again, outcome)]
 
 
