@@ -29,8 +29,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def spin() -> None:
-    while True:
-        pass
+    while True: pass  # noqa: E701  # fmt: skip
 
 
 def hold(rundir: Path) -> None:
