@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from launcher.config import RunConfig
     from launcher.data import Loader
     from launcher.ema import EMA
+    from launcher.losses import linear_cross_entropy
     from launcher.optim import Optimizer
+    from launcher.preparation import prepare
     from launcher.run import Run
     from launcher.schedules import set_lr, warmup_cosine, warmup_linear
     from launcher.step import Step
@@ -30,7 +32,9 @@ __all__ = [
     "Step",
     "UsageError",
     "WorldError",
+    "linear_cross_entropy",
     "main",
+    "prepare",
     "set_lr",
     "warmup_cosine",
     "warmup_linear",
@@ -44,7 +48,9 @@ LAZY = {
     "Run": "run",
     "RunConfig": "config",
     "Step": "step",
+    "linear_cross_entropy": "losses",
     "main": "attempt",
+    "prepare": "preparation",
     "set_lr": "schedules",
     "warmup_cosine": "schedules",
     "warmup_linear": "schedules",

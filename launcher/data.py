@@ -7,7 +7,7 @@ of worker processes. A stream (an IterableDataset) has a cursor, which travels w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any, Generic
 
@@ -90,7 +90,8 @@ class Loader(Generic[B]):
         if self.stream is not None:
             return self.stream.batches(slots, world, cursor, workers=self.workers)
         if not self.workers:
-            return ((slot, self._fetch[slot], None) for slot in slots)
+            pins = world.device.type == "cuda"
+            return ((slot, self._fetch.read(slot, pins), None) for slot in slots)
         if isinstance(slots, list):  # an evaluation's, alike every time: its workers stay for the next
             if self._repeated is None:
                 self._repeated = self._pool(slots, world, persistent=True)
@@ -123,16 +124,23 @@ class Fetch(Dataset[Any]):
         self, data: Any, order: Order, seed: int, collate: Callable[[list[Any]], Any] | None, name: str = "loader"
     ) -> None:
         self._order, self._seed, self._name = order, seed, name
+        self._data, self._collate = data, collate
         self._read, self._draws, self._one_by_one = _reader(data, collate)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # how to read is found anew where it is unpickled
+        return Fetch, (self._data, self._order, self._seed, self._collate, self._name)
 
     def ordered(self, order: Order) -> Fetch:
         """The same in another order."""
-        other = copy(self)
-        other._order = order
+        other = object.__new__(Fetch)
+        other.__dict__ |= self.__dict__ | {"_order": order}
         return other
 
     def __getitem__(self, slot: Slot) -> Any:
-        """The collated micro-batch of a slot."""
+        return self.read(slot)
+
+    def read(self, slot: Slot, pins: bool = False) -> Any:
+        """The collated micro-batch of a slot; if `pins`, in page-locked memory where that saves a copy."""
         samples = self._order.samples(slot.start, slot.stop)
         begun = -1
 
@@ -144,7 +152,7 @@ class Fetch(Dataset[Any]):
 
         seeds = self._seeds(slot, samples) if self._draws else []
         try:
-            return self._read(samples, begin)
+            return self._read(samples, begin, pins)
         except Exception as error:
             _note(error, _named(samples[[begun]] if self._one_by_one and begun >= 0 else samples), self._name)
             raise
@@ -225,11 +233,11 @@ class Feed:
             fetched.event.record(self._copies)
 
 
-Reader = Callable[[Ints, Callable[[int], None]], Any]
+Reader = Callable[[Ints, Callable[[int], None], bool], Any]
 
 
 def _reader(data: Any, collate: Callable[[list[Any]], Any] | None) -> tuple[Reader, bool, bool]:
-    """How to read samples [i, ...] at once, told when sample k begins (and, as k = -1, the collate).
+    """How to read samples [i, ...] at once, told when sample k begins (and, as k = -1, the collate), pinned or not.
 
     And may it draw, and does it read them one by one?
     """
@@ -237,26 +245,37 @@ def _reader(data: Any, collate: Callable[[list[Any]], Any] | None) -> tuple[Read
         if isinstance(data, TensorDataset):
             data = data.tensors
         if isinstance(data, torch.Tensor):
-            return lambda samples, _: data[torch.from_numpy(samples)], False, False
+            return lambda samples, _, pins: _pick(data, samples, pins), False, False
         if isinstance(data, tuple):
-            return lambda samples, _: _take(data, torch.from_numpy(samples)), False, False
+            return lambda samples, _, pins: tuple(_pick(tensor, samples, pins) for tensor in data), False, False
         if isinstance(data, Mapping):
-            return lambda samples, _: _take_named(data, torch.from_numpy(samples)), False, False
+            return lambda samples, _, pins: {key: _pick(data[key], samples, pins) for key in data}, False, False
         if _is_arrow(data):
-            table = data if data.format["type"] else data.with_format("torch")
-            return _seeding_first(lambda samples: table[samples]), data.format["type"] == "custom", False
+            return _arrow_reader(data), data.format["type"] == "custom", False
     collate = collate or default_collate
     if hasattr(data, "__getitems__"):
         return _seeding_first(lambda samples: data.__getitems__(samples), collate), True, False
     if isinstance(data, tuple | Mapping | torch.Tensor):
         raise UsageError("collate= takes a list of samples, and a dataset of tensors is read in one slice: drop one")
-    return lambda samples, seed: _one_by_one(data, samples, seed, collate), True, True
+    return lambda samples, seed, _: _one_by_one(data, samples, seed, collate), True, True
+
+
+def _arrow_reader(data: Any) -> Reader:
+    """Straight from its memory where its columns are plain numbers, otherwise as `datasets` formats them."""
+    from launcher.arrow import Rows  # imports pyarrow, which whoever has no such data need not wait for
+
+    try:
+        rows = Rows(data)
+    except TypeError:
+        table = data if data.format["type"] else data.with_format("torch")
+        return _seeding_first(lambda samples: table[samples])
+    return lambda samples, _, pins: rows(samples, pinned=pins)
 
 
 def _seeding_first(read: Callable[[list[int]], Any], collate: Callable[[Any], Any] | None = None) -> Reader:
     """One call reads all the samples, so the first sample's seed serves them together."""
 
-    def reader(samples: Ints, seed: Callable[[int], None]) -> Any:
+    def reader(samples: Ints, seed: Callable[[int], None], _: bool) -> Any:
         seed(0)
         batch = read(samples.tolist())
         if collate is None:
@@ -276,12 +295,13 @@ def _one_by_one(data: Any, samples: Ints, seed: Callable[[int], None], collate: 
     return collate(batch)
 
 
-def _take(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor[index] for tensor in tensors)
-
-
-def _take_named(tensors: Mapping[str, torch.Tensor], index: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {key: tensor[index] for key, tensor in tensors.items()}
+def _pick(tensor: torch.Tensor, samples: Ints, pins: bool) -> torch.Tensor:
+    """Rows of a tensor, copied once: if `pins`, into page-locked memory, from where they go to the device."""
+    index = torch.from_numpy(samples)
+    if not pins or tensor.device.type != "cpu" or tensor.requires_grad:
+        return tensor.index_select(0, index)  # half the time of tensor[index]
+    rows = torch.empty((len(index), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+    return torch.index_select(tensor, 0, index, out=rows)
 
 
 def _length(data: Any) -> int:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import launcher
 from recipes import gpt
@@ -30,18 +35,9 @@ def data(tmp_path: Path) -> gpt.DataConfig:
 
 def tokens(directory: Path, split: str) -> list[int]:
     """The packed tokens in order, each once."""
-    rows = gpt.load(directory / f"{split}.arrow").with_format("numpy")[:]["tokens"]
+    rows = gpt.load(directory, split).with_format("numpy")[:]["tokens"]
     assert (rows[1:, 0] == rows[:-1, -1]).all()  # a row begins where the one before ends
     return [*rows[0].tolist(), *rows[1:, 1:].reshape(-1).tolist()]
-
-
-def in_a_process(source: str, data: gpt.DataConfig) -> subprocess.Popen[str]:
-    """Python that has `gpt` and `data`."""
-    head = f"import os, signal, time\nfrom recipes import gpt\nfrom recipes.gpt import DataConfig\ndata = {data!r}\n"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", head + source], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
@@ -53,7 +49,8 @@ def test_rows_are_the_documents_joined(data: gpt.DataConfig, tokenizer: str) -> 
     end = made.token_to_id(data.end_of_text)
     texts: dict[str, list[str]] = {}
     for split in ("train", "held_out"):
-        texts[split] = list(gpt.documents(gpt.text_files(data), held_out=split == "held_out"))
+        [part] = gpt.cut(gpt.text_files(data))
+        texts[split] = list(gpt.documents(part, held_out=split == "held_out"))
         expected = [token for text in texts[split] for token in [*made.encode(text).ids, end]]
         packed = tokens(directory, split)
         assert packed == expected[: len(packed)]
@@ -72,42 +69,38 @@ def test_default_text_is_the_standard_library() -> None:
     assert files == gpt.text_files(gpt.DataConfig())
 
 
-def test_two_processes_prepare_once(data: gpt.DataConfig, tmp_path: Path) -> None:
-    source = """
-pack = gpt.pack
-def slow(path, *rest):
-    with open({log!r}, "a") as log:
-        log.write(path.name + "\\n")
-    time.sleep(0.5)
-    pack(path, *rest)
-gpt.pack = slow
-print(gpt.prepare(data))
-""".format(log=str(tmp_path / "log"))
-    outputs = [process.communicate() for process in [in_a_process(source, data) for _ in range(2)]]
-    assert outputs[0][0] == outputs[1][0] == f"{gpt.prepare(data)}\n", outputs
-    assert (tmp_path / "log").read_text().split() == ["train.arrow", "held_out.arrow"]
+@pytest.mark.parametrize("size", [1, 37, 1000, 30_000])
+def test_parts_hold_every_line_once(data: gpt.DataConfig, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    files = [Path(name) for name in data.files]
+    files[0].write_bytes(files[0].read_bytes()[:2500])
+    monkeypatch.setattr(gpt, "PART", size)
+    parts = gpt.cut(files)
+    assert all(sum(stop - start for _, start, stop in part) == size for part in parts[:-1])
+    for file in files:
+        spans = [span for part in parts for span in part if span[0] == file]
+        assert "".join(gpt.lines(*span).read() for span in spans) == file.read_text()
 
 
-def test_interrupted_preparation_leaves_nothing_that_is_read(data: gpt.DataConfig, tmp_path: Path) -> None:
-    source = """
-pack = gpt.pack
-def die(path, *rest):
-    pack(path, *rest)
-    if path.name == "held_out.arrow":
-        os.kill(os.getpid(), signal.SIGKILL)
-gpt.pack = die
-gpt.prepare(data)
+def test_parts_are_packed_by_several_processes(data: gpt.DataConfig, tmp_path: Path) -> None:
+    source = f"""
+from recipes import gpt
+from recipes.gpt import DataConfig
+gpt.PART, gpt.DOCUMENT = 10_000, 500
+print(gpt.prepare({data!r}))
 """
-    process = in_a_process(source, data)
-    output = process.communicate()
-    assert process.returncode == -9, output
-    assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [".partial"]
-    (tmp_path / "cache" / next((tmp_path / "cache").glob("*.partial")) / "stray").touch()
-    directory = gpt.prepare(data)
-    other = gpt.prepare(replace(data, cache=str(tmp_path / "fresh")))
-    names = ["held_out.arrow", "tokenizer.json", "train.arrow"]
-    assert sorted(path.name for path in directory.iterdir()) == names
-    assert all((directory / name).read_bytes() == (other / name).read_bytes() for name in names)
+    command, env = [sys.executable, "-c", source], {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=env, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    outputs = [process.communicate() for process in processes]
+    assert len({out for out, _ in outputs}) == 1, outputs
+    directory = Path(outputs[0][0].strip())
+    whole = "".join(Path(file).read_text() for file in data.files)
+    assert len(list(directory.glob("train-*.arrow"))) == -(-len(whole.encode()) // 10_000)
+    made = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    rows = [*gpt.load(directory, "train").with_format("numpy")[:]["tokens"]]
+    texts = [made.decode(row.tolist()) for row in rows]
+    assert sum(text.count("quick") for text in texts) > 0.7 * whole.count("quick")
+    assert sum(map(len, texts)) < 1.1 * len(whole), "nothing twice"
 
 
 def test_rows_are_packed_anew_when_what_they_depend_on_changes(data: gpt.DataConfig) -> None:
@@ -134,10 +127,10 @@ def test_a_tokenizer_file_is_used_as_it_is(data: gpt.DataConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"files": ("missing.txt",)}, "cannot prepare the text: missing.txt: No such file"),
-        ({"files": (".",)}, r"cannot prepare the text: \.: Is a directory"),
-        ({"tokenizer": "missing.json"}, "cannot prepare the text: missing.json: No such file"),
-        ({"cache": "latin.txt"}, "cannot prepare the text: latin.txt: File exists"),
+        ({"files": ("missing.txt",)}, "--data.files missing.txt: no such file"),
+        ({"files": (".",)}, r"--data.files \.: no such file"),
+        ({"tokenizer": "missing.json"}, "cannot prepare the data: missing.json: No such file"),
+        ({"cache": "latin.txt"}, "cannot prepare the data: latin.txt/.*: Not a directory"),
         ({"tokenizer": "words"}, "--data.tokenizer words: not byte, bpe or the path"),
         ({"seq_len": 100_000}, "too little text for train rows"),
         ({"files": ("latin.txt",)}, "latin.txt is not UTF-8"),
@@ -151,7 +144,7 @@ def test_what_a_person_can_get_wrong_is_one_line(
     Path("latin.txt").write_bytes("café".encode("latin-1"))
     Path("broken.json").write_text("{}")
     with pytest.raises(launcher.UsageError, match=message) as raised:
-        gpt.load(gpt.prepare(replace(data, **change)) / "train.arrow")
+        gpt.load(gpt.prepare(replace(data, **change)), "train")
     assert "\n" not in str(raised.value)
 
 
@@ -205,8 +198,10 @@ def test_rotation_makes_products_depend_on_distance_alone() -> None:
     assert products.diagonal(1)[0] != products.diagonal(2)[0]
 
 
-def test_compiles_whole_and_once() -> None:
-    model = small(dropout=0.1)
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"attention": "flex", "loss_chunk": 8, "kv_heads": 2}])
+def test_compiles_whole_and_once(changes: dict[str, object]) -> None:
+    model = small(**changes)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -216,6 +211,158 @@ def test_compiles_whole_and_once() -> None:
     assert counter.frame_count == 1
 
 
-def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(launcher.UsageError, match=r"--model\.width 64 must be a multiple of twice --model\.heads 3"):
-        small(heads=3)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 3}, "--model.width 64 must be a multiple of twice --model.heads 3"),
+        ({"kv_heads": 3}, "--model.heads 4 must be a multiple of --model.kv-heads 3"),
+        ({"attention": "flex", "dropout": 0.1}, "--model.attention flex has no dropout of attention"),
+        ({"fp8": True}, "--model.fp8 needs "),
+    ],
+)
+def test_a_shape_that_cannot_be_is_one_line(
+    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(launcher.UsageError) as raised:
+        small(**changes)
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "vocab_size", "parameters"),
+    [
+        (gpt.ModelConfig(depth=22, width=2048, heads=32, kv_heads=4, hidden=5632, tie=False), 32_000, 1_100_048_384),
+        (gpt.ModelConfig(depth=16, width=2048, heads=32, kv_heads=8, hidden=8192), 128_256, 1_235_814_400),
+    ],
+    ids=["TinyLlama", "Llama 3.2 1B"],
+)
+def test_llamas_have_their_parameters(cfg: gpt.ModelConfig, vocab_size: int, parameters: int) -> None:
+    with torch.device("meta"):
+        model = gpt.GPT(cfg, vocab_size=vocab_size, seq_len=2048)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp": "gelu"},
+        {"tie": False, "loss_chunk": 64},
+        {"kv_heads": 1, "hidden": 96, "attention": "flex"},
+    ],
+    ids=str,
+)
+def test_flops_are_those_that_are_counted(changes: dict[str, object]) -> None:
+    model = gpt.GPT(replace(gpt.ModelConfig(depth=2, width=64), **changes), vocab_size=257, seq_len=128)  # type: ignore[arg-type]
+    batch = torch.randint(0, 257, (2, 129))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others compute scores twice
+        model(batch[:, :-1], batch[:, 1:]).backward()
+    assert counter.get_total_flops() / (2 * 128) == pytest.approx(model.flops_per_token(128), rel=0.01)
+
+
+def test_shared_keys_are_keys_that_are_repeated() -> None:
+    shared, full = small(kv_heads=2).eval(), small().eval()
+    state = shared.state_dict()
+    for name in [name for name in state if "qkv" in name]:
+        q, k, v = state[name].split([64, 32, 32])
+        wide = [one.view(2, 16, 64).repeat_interleave(2, dim=0).reshape(64, 64) for one in (k, v)]
+        state[name] = torch.cat([q, *wide])
+    full.load_state_dict(state)
+    batch = torch.randint(0, 257, (2, 16))
+    torch.testing.assert_close(shared(batch), full(batch))
+
+
+END = 256
+
+
+def two_documents() -> tuple[torch.Tensor, torch.Tensor]:
+    """A row of 16 with a document that begins at 6, and the row with another document before that one."""
+    row = torch.randint(0, END, (1, 16))
+    other = torch.randint(0, END, (1, 16))
+    row[0, 6], other[0, 6:] = END, row[0, 6:]
+    other[0, 6] = END
+    return row, other
+
+
+def test_a_document_does_not_see_the_one_before_it() -> None:
+    model = small(attention="flex").eval()
+    model.end_of_text = END
+    row, other = two_documents()
+    before, after = model(row), model(other)
+    assert before[:, 6:].equal(after[:, 6:])
+    assert not before[:, :6].equal(after[:, :6])
+    # nor does it begin elsewhere: it is what it would be alone
+    torch.testing.assert_close(before[:, 6:], model(row[:, 6:]))
+    plain = small().eval()
+    assert not plain(row)[:, 6:].equal(plain(other)[:, 6:])
+    torch.testing.assert_close(before[:, :6], plain(row)[:, :6])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_dense_mask_is_the_blocks_mask() -> None:
+    row, other = two_documents()
+    batch = torch.cat([row, other])
+    dense = gpt.document_mask(batch, END)
+    assert isinstance(dense, torch.Tensor)
+    # what a GPU does with these tokens, without a compiler
+    mask = gpt.block_mask((batch == END).cumsum(1), create_block_mask)
+    q, k, v = torch.randn(3, 2, 4, 16, 8)
+    with torch.no_grad():
+        flex = flex_attention(q, k[:, :2], v[:, :2], block_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(flex, gpt.attend(q, k[:, :2], v[:, :2], dense, 0.0))
+
+
+def test_chunks_of_the_loss_change_nothing_but_memory() -> None:
+    batch = torch.randint(0, 257, (3, 17))
+    found = []
+    for chunk in (0, 7):
+        model = small(loss_chunk=chunk)
+        loss = model(batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        found.append((loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Casts(TorchDispatchMode):
+    """How often each shape is cast to bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            self.shapes[tuple(args[0].shape)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_in_half_precision_weights_gradients_and_residuals_are_fp32(chunk: int) -> None:
+    model = small(loss_chunk=chunk, tie=False, depth=1, hidden=100)
+    seen: dict[str, torch.dtype] = {}
+    model.blocks[0].register_forward_hook(lambda module, args, out: seen.update(residual=out.dtype))
+    model.blocks[0].mlp.up.register_forward_hook(lambda module, args, out: seen.update(product=out.dtype))
+    batch = torch.randint(0, 257, (3, 17))
+    with Casts() as casts:
+        for _ in range(2):  # micro-batches: what autocast keeps of weights does not outlive its context
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(batch[:, :-1], batch[:, 1:])
+            loss.backward()
+    assert seen == {"residual": torch.float32, "product": torch.bfloat16}
+    matrices = Counter(tuple(p.shape) for p in [*model.blocks.parameters(), model.head.weight] if p.dim() == 2)
+    assert {shape: casts.shapes[shape] for shape in matrices} == {shape: 2 * n for shape, n in matrices.items()}
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    model = small(tie=False)
+    muon, adamw = gpt.make_optimizers(model, gpt.Config(optimizer="muon"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert own == {name for name, p in model.blocks.named_parameters(prefix="blocks") if p.dim() == 2}
+    decayed, plain = ([names[id(p)] for p in group["params"]] for group in adamw.param_groups)
+    assert decayed == ["embedding.weight", "head.weight"]
+    assert all("norm" in name for name in plain)
+    assert own.isdisjoint(decayed + plain)
+    assert len(own) + len(decayed) + len(plain) == len(names)
