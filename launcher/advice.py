@@ -75,7 +75,8 @@ def _settings(evidence: Evidence, step: int | None, *, on_gpu: bool) -> str:
     if not name:
         smaller = "a smaller microbatch_size= of run.loader"
     sharded = "--run.shard full" if evidence.world_size > 1 and run.get("shard") in (None, "none") else ""
-    recompute = "--run.activation-checkpointing" if not run.get("activation_checkpointing") else ""
+    recomputes = run.get("activation_checkpointing") not in (None, "off")
+    recompute = "" if recomputes else "--run.activation-checkpointing full"
     half = "--run.precision bf16" if run.get("precision") in (None, "no") and on_gpu else ""
     workers = "--run.workers 0" if run.get("workers") and not on_gpu else ""
     # before the first step it is the weights that do not fit, not the activations

@@ -20,7 +20,7 @@ FREE = {
     *(f"run.{name}" for name in OF_ONE_START),
     *("run.name", "run.save_every", "run.keep", "run.keep_every", "run.keep_best", "run.log_every", "run.tracker"),
     *("run.workers", "run.threads", "run.shard", "run.sync", "run.activation_checkpointing"),
-    *("run.hang_after", "run.join_within"),
+    *("run.hang_after", "run.join_within", "run.cache", "run.gc_every", "run.empty_cache_every"),
     *("run.bad_numbers", "run.bad_numbers_limit", "run.spike"),  # what a run that they stopped goes on with
 }
 MAY_GROW = ("steps", "epochs")

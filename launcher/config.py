@@ -25,8 +25,12 @@ C = TypeVar("C")
 RESERVED = ("run", "config", "help")
 AT_LEAST = {
     **{"save_every": 0, "keep": 1, "keep_every": 0, "log_every": 1, "workers": 0, "threads": 1},
-    **{"bad_numbers_limit": 1},
+    **{"bad_numbers_limit": 1, "gc_every": 0, "empty_cache_every": 0},
 }
+
+# What is unset means where `accelerate launch` leaves it unsaid too.
+UNSAID = {"precision": "no", "compile": "off", "compile_scope": "model", "shard": "none"}
+UNSAID |= {"activation_checkpointing": "off"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class RunConfig:
     """Compile the model whole, or each of its repeated blocks (a faster start); unset: accelerate's, else model."""
     shard: Literal["none", "full", "hybrid"] | None = None
     """FSDP2: over all ranks, or within a node and replicated between nodes; unset: accelerate's, else none."""
-    activation_checkpointing: bool = False
-    """Recompute each repeated block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["off", "full", "selective"] | None = None
+    """Recompute each repeated block in the backward pass instead of keeping its activations: all of it, or all but
+    attention and every second matrix product; unset: what `accelerate launch` said, else off."""
     sync: Literal["last", "every"] = "last"
     """Reduce gradients on the last micro-batch of a step, or on every one (less memory when sharded)."""
     save_every: int = 0
@@ -79,6 +84,12 @@ class RunConfig:
     """Seconds without progress that end the run (10 x in the first step, a restore, a save); auto: 10 min and more."""
     join_within: float = 600.0
     """Seconds for all ranks to come, from the first on."""
+    gc_every: int = 100
+    """Steps between garbage collections, on all ranks at once; 0: when Python likes, which makes stragglers."""
+    empty_cache_every: int = 0
+    """Steps between two calls of torch.cuda.empty_cache, which makes the GPU wait and allocate anew; 0: none."""
+    cache: str = "auto"
+    """Where compiled code is kept for the next start: auto (.cache/compile beside the run), off, or a directory."""
     resume: str = "auto"
     """auto: go on from the run's newest checkpoint; never: refuse a run that has one; or a checkpoint's path."""
     init_from: str | None = None
@@ -89,6 +100,11 @@ class RunConfig:
     """Changes to accept on resume, by option name (`lr`, `run.precision`), or `world` for batch-coupled models."""
     tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send metrics to these trackers, through Accelerate."""
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether, on a GPU, what is compiled is replayed as CUDA graphs."""
+        return self.compile in ("reduce-overhead", "max-autotune")
 
     def __post_init__(self) -> None:
         for name, least in AT_LEAST.items():
@@ -157,10 +173,10 @@ def resolve(run: RunConfig, environ: Mapping[str, str]) -> RunConfig:
     filled: dict[str, Any] = {}
     for name, said in read_launch(environ).items():
         own = getattr(run, name)
-        if own not in (None, False, said.value):  # a flag that is False may as well be unsaid
+        if own not in (None, said.value):
             raise UsageError(f"accelerate launch says {said.words}, {flag('run.' + name)} says {own}: drop one")
         filled[name] = said.value
-    for name, unsaid in (("precision", "no"), ("compile", "off"), ("compile_scope", "model"), ("shard", "none")):
+    for name, unsaid in UNSAID.items():
         if getattr(run, name) is None:
             filled.setdefault(name, unsaid)
     return dataclasses.replace(run, **filled)

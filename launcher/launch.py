@@ -109,7 +109,7 @@ def _shard(environ: Mapping[str, str]) -> dict[str, Said]:
         raise _refused(f"fsdp_sharding_strategy={strategy}: only FULL_SHARD and HYBRID_SHARD are supported")
     said = {"shard": Said(SHARD[strategy], f"use_fsdp with {strategy.upper()}")}
     if _is_true(given.get("ACTIVATION_CHECKPOINTING")):
-        said["activation_checkpointing"] = Said(True, "fsdp_activation_checkpointing")
+        said["activation_checkpointing"] = Said("full", "fsdp_activation_checkpointing")
     return said
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from launcher.config import RunConfig
 from launcher.errors import UsageError
@@ -63,9 +63,9 @@ def wrap(
 ) -> nn.Module:
     """`model` (on the CPU, initialised) made parallel on `world`, with the precision and compilation of `run`."""
     repeated = find_blocks(model, blocks)
-    if run.activation_checkpointing:
-        for block in _need(repeated, "--run.activation-checkpointing"):
-            _recompute(block)
+    if run.activation_checkpointing != "off":
+        for block in _need(repeated, f"--run.activation-checkpointing {run.activation_checkpointing}"):
+            _recompute(block, keep_dear=run.activation_checkpointing == "selective")
     if run.compile != "off" and run.compile_scope == "block":
         for block in _need(repeated, "--run.compile-scope block"):
             block.compile(**_compile_options(run))
@@ -158,10 +158,44 @@ class _AllGather(torch.autograd.Function):
         return gradient[ctx.start : ctx.start + ctx.size], None, None
 
 
-def _recompute(block: nn.Module) -> None:
+def _recompute(block: nn.Module, *, keep_dear: bool) -> None:
     """Activation checkpointing in place, so that names stay clean; dropout repeats its mask in the recomputation."""
     forward = block.forward
-    block.forward = lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, preserve_rng_state=True, **k)
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+    if keep_dear:
+        how["context_fn"] = _keep_dear
+    block.forward = lambda *a, **k: checkpoint(forward, *a, **how, **k)
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm")
+ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+
+
+def _keep_dear() -> tuple[Any, Any]:
+    """What a recomputation finds kept: attention, and every second matrix product, as torchtitan keeps them.
+
+    Attention costs the most for each byte of what comes out of it. Products cost alike, so half of them is half the
+    way; to keep them all is what a compiler does unasked, as it recomputes all that is cheap.
+    """
+    aten = torch.ops.aten
+    products = {getattr(aten, name).default for name in PRODUCTS if hasattr(aten, name)}
+    attention = {getattr(aten, f"_scaled_dot_product_{name}").default for name in ATTENTION}
+    attention.add(torch.ops.higher_order.flex_attention)
+    seen = {False: 0, True: 0}
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator in products:
+            seen[context.is_recompute] += 1
+            kept = seen[context.is_recompute] % 2 == 1
+        else:
+            kept = operator in attention
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
+
+
+# without it torch keeps no compiled graph of a block; it is to change when what is kept does
+_keep_dear.cache_hash = f"attention and every second of {PRODUCTS}"  # type: ignore[attr-defined]
 
 
 def _need(blocks: list[nn.Module], option: str) -> list[nn.Module]:

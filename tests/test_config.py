@@ -365,13 +365,14 @@ FSDP = UNSAID | {
     "FSDP_USE_ORIG_PARAMS": "true",
     "FSDP_VERSION": "2",
 }
-NOTHING = RunConfig(precision="no", compile="off", compile_scope="model", shard="none")
+NOTHING = RunConfig(precision="no", compile="off", compile_scope="model", shard="none", activation_checkpointing="off")
 
 
 @pytest.mark.parametrize("environ", [{}, UNSAID, FSDP | {"ACCELERATE_USE_FSDP": "false"}])
 def test_nothing_said_is_plain(environ: dict[str, str]) -> None:
     assert resolve(RunConfig(), environ) == NOTHING
     ours = RunConfig(precision="bf16", compile="max-autotune", compile_scope="block", shard="hybrid")
+    ours = replace(ours, activation_checkpointing="selective")
     assert resolve(ours, environ) == ours
 
 
@@ -391,7 +392,7 @@ def test_nothing_said_is_plain(environ: dict[str, str]) -> None:
         ),
         (FSDP, {"shard": "full"}),
         (FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, {"shard": "hybrid"}),
-        (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"shard": "full", "activation_checkpointing": True}),
+        (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"shard": "full", "activation_checkpointing": "full"}),
         (FSDP | {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}, {"shard": "full"}),
         (FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {"shard": "full"}),
     ],
@@ -413,6 +414,11 @@ def test_what_accelerate_launch_said_holds_and_may_be_said_twice(environ: dict[s
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"compile": "off"}, "--run.compile says off: drop one"),
         (FSDP, {"shard": "none"}, "accelerate launch says use_fsdp with FULL_SHARD, --run.shard says none: drop one"),
         (FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, {"shard": "full"}, "--run.shard says full: drop one"),
+        (
+            FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {"activation_checkpointing": "selective"},
+            "says fsdp_activation_checkpointing, --run.activation-checkpointing says selective: drop one",
+        ),
         (
             {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"},
             {"compile_scope": "model"},
@@ -485,7 +491,7 @@ def test_the_real_accelerate_launch_says_it_by_flags(tmp_path) -> None:
     flags = "--use_fsdp --fsdp_version 2 --fsdp_activation_checkpointing true --main_process_port 0 "
     flags += "--mixed_precision bf16 --dynamo_backend inductor --dynamo_mode max-autotune"
     said = launched(tmp_path, *flags.split(), "--dynamo_use_regional_compilation")
-    assert (said["precision"], said["shard"], said["activation_checkpointing"]) == ("bf16", "full", True)
+    assert (said["precision"], said["shard"], said["activation_checkpointing"]) == ("bf16", "full", "full")
     assert (said["compile"], said["compile_scope"]) == ("max-autotune", "block")
 
 
@@ -514,7 +520,7 @@ def test_changes_are_told_by_dotted_key() -> None:
 
 
 FREELY = """--run.dir x --run.name n --run.save-every 3 --run.keep 9 --run.log-every 1 --run.workers 2 --run.threads 1
---run.resume never --run.tracker wandb --run.shard full --run.sync every --run.activation-checkpointing"""
+--run.resume never --run.tracker wandb --run.shard full --run.sync every --run.activation-checkpointing full"""
 
 
 def test_what_changes_no_result_may_change() -> None:

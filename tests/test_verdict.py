@@ -139,7 +139,7 @@ CASES = {
     "killed for its memory, as a peer has seen": (
         lambda scene: scene.peers(0, 1, 3, **OOM).codes(rank2=-9),
         *(2, "killed", "rank 2 was killed by the kernel because the host's memory was used up (out of memory in /sys/"),
-        "Most likely to help: --microbatch-size 4 (now 8) and --run.activation-checkpointing.",
+        "Most likely to help: --microbatch-size 4 (now 8) and --run.activation-checkpointing full.",
     ),
     "not for memory: another signal": (
         lambda scene: scene.peers(0, 1, 3, **OOM).codes(rank2=-15),
@@ -208,7 +208,7 @@ CASES = {
         ),
         *(0, "memory", "rank 0 failed first"),
         "Out of memory: torch had allocated 70.0 GB (reserved 75.0 GB) of the GPU's 80.0 GB. Most likely to help: "
-        "--microbatch-size 4 (now 8) and --run.activation-checkpointing.",
+        "--microbatch-size 4 (now 8) and --run.activation-checkpointing full.",
     ),
     "memory before the first step": (
         lambda scene: scene.error(0, 1, "memory", step=None, memory={"device": "cuda"}),

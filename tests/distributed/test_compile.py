@@ -55,7 +55,7 @@ def test_compiled_agrees_with_eager(start, tmp_path, eager, world_size, options)
     ("world_size", "options"),
     [
         (2, ["--run.precision", "bf16"]),
-        (2, ["--run.precision", "bf16", "--run.shard", "full", "--run.activation-checkpointing"]),
+        (2, ["--run.precision", "bf16", "--run.shard", "full", "--run.activation-checkpointing", "full"]),
     ],
     ids=["ddp", "fsdp-recomputing"],
 )
