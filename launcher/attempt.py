@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from launcher.caches import Caches, open_caches
 from launcher.config import RunConfig, check_resume, parse, resolve, to_dict
 from launcher.errors import LauncherError, RecipeError, UsageError
 from launcher.failure import Kind, kind_of, may_pass
@@ -25,9 +27,10 @@ from launcher.flight import collectives
 from launcher.output import Output, log_path
 from launcher.rehearse import answer
 from launcher.rundir import RunDir, Status
-from launcher.seeds import seed_microbatch
+from launcher.seeds import seed_microbatch, step_state
 from launcher.show import printable
 from launcher.signals import Signals, Stopped
+from launcher.startup import Startup
 from launcher.verdict import judged, of_one
 from launcher.watchdog import Watchdog
 from launcher.witness import PARENT, about, recipes_part, told_to_agent, told_to_parent, witness
@@ -92,6 +95,8 @@ class Attempt:
         self.run: Run | None = None
         self.signals: Signals | None = None
         self.output: Output | None = None
+        self.startup = Startup()
+        self.caches: Caches | None = None
         self._parent = os.environ.pop(PARENT, None)  # not for what the recipe may start
         self._settled = threading.Event()
         """Set once the ranks have agreed how this ends: nothing leaves at once any more."""
@@ -109,19 +114,30 @@ class Attempt:
         if asked := os.environ.get("LAUNCHER_REHEARSE"):
             answer(Path(asked), config_type, prog=recipe.name, description=description)
             raise SystemExit(0)
+        self.startup.enter("options")
         config, options = parse(config_type, sys.argv[1:], prog=recipe.name, description=description)
         options = resolve(options, os.environ)
         _check_trackers(options)
         self.signals = Signals(self.signalled, self.signalled_again)
         _set_up_torch(options)
+        self.startup.enter("rendezvous")
+        with self.startup.during("imports"):
+            import accelerate  # noqa: F401 - connect does
+
+            from launcher.run import Run
         self.world, accelerator = connect(options, os.environ)
         settings = to_dict(config, options)
-        self.rundir, self.number = self._open(options, settings, recipe)
+        self.startup.enter("run directory")
+        self.rundir, self.number, token = self._open(options, settings, recipe)
         self._introduce()
-        from launcher.run import Run
-
+        with self.startup.during("compile cache"):
+            self.caches = open_caches(options.cache, self.rundir.path.parent, recipe.stem, token, self._warn)
+        if self.caches is not None and options.compile != "off":
+            with self.startup.during("compile"):  # it imports the compiler
+                self.caches.take_turns()
         make_run = self._make_run or Run
         self.run = make_run(options, settings, self.world, accelerator, self.rundir, self.number, self.signals)
+        self.run.startup, self.run.caches = self.startup, self.caches
         self._watched = True
         self._watchdog = Watchdog(self.run, self.rundir, self.number, self.hung)
         arguments = (self.run,) if config_type is None else (self.run, config)
@@ -131,7 +147,8 @@ class Attempt:
         """Run the recipe to its end, and save what it has learnt."""
         assert self.run is not None
         self.run.check_stop()
-        seed_microbatch(self.run.seed, -1, 0, self.run.device)  # what a recipe draws before its steps
+        self.startup.enter("data")
+        seed_microbatch(step_state(self.run.seed, -1), 0, self.run.device)  # what a recipe draws before its steps
         self._train()
         self._settle()
         self.run.returned()
@@ -250,6 +267,9 @@ class Attempt:
             sys.stderr.write(text)
             sys.stderr.flush()
 
+    def _warn(self, line: str) -> None:
+        print(f"launcher: {line}", file=sys.stderr, flush=True)
+
     def _note(self, text: str) -> None:
         if self.output is not None:
             self.output.note(text)
@@ -352,6 +372,8 @@ class Attempt:
         """Let go of everything; the status has been written before."""
         if self.run is not None:
             self.run.close()
+        if self.caches is not None:
+            self.caches.close()
         if self.world.group is None:
             disconnect()
         if self.signals is not None:
@@ -359,21 +381,21 @@ class Attempt:
         if self.output is not None:
             self.output.close()
 
-    def _open(self, options: RunConfig, settings: Mapping[str, Any], recipe: Path) -> tuple[RunDir, int]:
-        """The run directory and this attempt's number, as rank 0 finds or makes them."""
+    def _open(self, options: RunConfig, settings: Mapping[str, Any], recipe: Path) -> tuple[RunDir, int, str]:
+        """The run directory, this attempt's number and a name that no other start has, as rank 0 makes them."""
         hosts = sorted(set(self.world.gather(socket.gethostname())))
-        opened: tuple[Path, int] | LauncherError | None = None
+        opened: tuple[Path, int, str] | LauncherError | None = None
         if self.world.is_main:
             try:
-                opened = _open_run(options, settings, recipe, self.world, hosts)
+                opened = (*_open_run(options, settings, recipe, self.world, hosts), secrets.token_hex(8))
             except LauncherError as error:
                 opened = error
         opened = self.world.broadcast(opened)
         if isinstance(opened, LauncherError):
             raise opened
         assert opened is not None
-        path, number = opened
-        return RunDir(path, number), number
+        path, number, token = opened
+        return RunDir(path, number), number, token
 
     def _status(self, status: Status, *, everyone: bool = False) -> None:
         if self.rundir is not None and (self.world.is_main or everyone):

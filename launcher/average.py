@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from launcher.data import Feed, Loader
 from launcher.errors import RecipeError
 from launcher.order import Plan
 from launcher.parallel import broadcast_buffers, reshard
-from launcher.seeds import seed_microbatch
+from launcher.seeds import seed_microbatch, step_state
 
 if TYPE_CHECKING:
     from launcher.run import Run
@@ -43,7 +43,7 @@ def average(run: Run, score: Callable[[Any], Mapping[str, tuple[Any, Any]]], dat
                 run.check_stop()
             run.pulse.beats += 1
             fetched = feed.take(0)
-            seed_microbatch(run.seed, -2, fetched.slot.start, run.device)
+            seed_microbatch(step_state(run.seed, -2), fetched.slot.start, run.device)
             for name, (total, count) in score(fetched.batch).items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if fetched.slot.padding else _double(total))
                 counts[name] = counts.get(name, 0.0) + (0.0 if fetched.slot.padding else _double(count))
@@ -63,10 +63,12 @@ def evaluating(run: Run) -> Iterator[None]:
     models: list[nn.Module] = list(run.models.values())
     training = {module: module.training for model in models for module in model.modules()}
     broadcast_buffers(models, run.world)
+    # without gradients torch takes each block's call for a new step, whose CUDA graph may overwrite the last one's
+    eager = run.config.cuda_graphs and run.config.compile_scope == "block" and run.device.type == "cuda"
     try:
         for model in models:
             model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if eager else nullcontext():
             yield
     finally:
         for module, mode in training.items():

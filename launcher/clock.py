@@ -64,6 +64,8 @@ class Clock:
 
     def due(self) -> bool:
         """Whether to stop now."""
+        if math.isinf(self._end):
+            return False
         if self._ask is not None and self.left <= self.need + ASK:
             end = self._ask(self._environ)
             if end is not None and end - MARGIN > self._end + 1:

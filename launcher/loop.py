@@ -51,16 +51,21 @@ class Loop:
         self.agreement = Agreement(run.world)
         self.feeds: dict[str, Feed] = {}
         self._loaders, self._plans, self._asked = loaders, plans, total
+        self._streams = [name for name, loader in loaders.items() if loader.stream is not None]
+        self._looked_at = [name for name, loader in loaders.items() if loader.stream is not None or loader.count]
+        """The loaders that are read a step ahead, for a count or to find their end."""
         self._cursors: dict[str, Any] = {}
         self._step: Step | None = None
         self._synced = True
         self._left = self._ended = False
+        self._own: dict[int, int] = {}  # by parameter: where the gradient is that was taken out of a CUDA graph
         self._constant: tuple[tuple[float, torch.dtype], torch.Tensor] | None = None
 
     def steps(self) -> Iterator[Step]:
         """The steps from where the run stands. Raises `Stopped` at the edge where the ranks agree to stop."""
         start = index = self.run.completed
         self.run.pulse.enter("first step")
+        self.run.startup.enter("first batch")
         try:
             self._open(start)
             self.issue(index - 1)
@@ -71,12 +76,15 @@ class Loop:
                     continue
                 if last:
                     break
+                self.run.startup.enter("step")
                 yield self._begin(index)
                 index = self._conclude(index)
+                self.run.garbage.edge(index)
                 if index == start + 1:
                     self.run.saver.prepare(self)
         finally:
             self.run.pulse.enter("end")
+            self.run.garbage.release()
         self._ended = True
         self.close()
 
@@ -151,10 +159,30 @@ class Loop:
 
     def sync_gradients(self, last: bool) -> None:
         """Reduce gradients over ranks in the coming backward, or (before the last micro-batch) only add them up."""
-        sync = last or self.run.config.sync == "every"
+        config = self.run.config
+        # FSDP2 would add up the gradients of whole parameters, in a CUDA graph's memory, where no one can take them out
+        graphs = config.cuda_graphs and config.shard != "none" and self.run.device.type == "cuda"
+        sync = last or config.sync == "every" or graphs
         if sync != self._synced:
             set_gradient_sync(self.run.models.values(), sync)
             self._synced = sync
+
+    def keep_gradients(self) -> None:
+        """More micro-batches follow: take gradients out of a CUDA graph's memory, which its next replay writes anew.
+
+        torch lets a parameter keep what the graph has made, and sees to that only while it records: after it, what was
+        accumulated would be lost without a word.
+        """
+        if not self.run.config.cuda_graphs or self.run.device.type != "cuda":
+            return
+        if self._synced and self.world.world_size > 1:
+            return  # reduced, they are in DDP's or FSDP2's own memory
+        for optimizer in self.run.optimizers:
+            for parameter in optimizer.parameters():
+                gradient = parameter.grad
+                if gradient is not None and self._own.get(id(parameter)) != gradient.data_ptr():
+                    parameter.grad = gradient.clone()
+                    self._own[id(parameter)] = parameter.grad.data_ptr()
 
     def constant(self, value: float, like: torch.Tensor) -> torch.Tensor:
         """A 0-d tensor of `value`, remembered as long as it stays the same."""
@@ -171,7 +199,7 @@ class Loop:
         self._cursors = self._feed_cursors()
 
     def _feed_cursors(self) -> dict[str, Any]:
-        return {name: feed.cursor for name, feed in self.feeds.items() if self._loaders[name].stream is not None}
+        return {name: self.feeds[name].cursor for name in self._streams}
 
     def _edge(self, index: int) -> bool:
         """What happens between two bodies; whether the one before was the last. Bad numbers that came to light are the
@@ -265,9 +293,9 @@ class Loop:
     def _examine(self, bad: Bad, account: Account) -> Iterator[Step]:
         """The bad step once more, with a look into every module on every rank, where the weights are still its own."""
         kept = bad.body.kept
-        if bad.leap or bad.applied or (self.feeds and self._streams() and len(kept) < self.microbatches(bad.step)):
+        if bad.leap or bad.applied or (self._streams and len(kept) < self.microbatches(bad.step)):
             return
-        if self.feeds and not self._streams():
+        if self.feeds and not self._streams:
             kept = list(self.refetch(bad.step))
         run = self.run
         for optimizer in run.optimizers:
@@ -303,20 +331,18 @@ class Loop:
         self.issue(index - 1)
         return index
 
-    def _streams(self) -> bool:
-        return any(loader.stream is not None for loader in self._loaders.values())
-
     def _end(self, index: int) -> None:
         step, self._step = self._step, None
         assert step is not None
         for _ in range(self.microbatches(index) - step.taken if self.feeds else 0):
             for feed in self.feeds.values():
                 feed.take(index)  # a body that left its micro-batches early must not shift the next step's
-        self._cursors = self._feed_cursors()
+        if self._streams:
+            self._cursors = self._feed_cursors()
         if not self.agreement.pending:  # a body without a backward
             self.issue(index)
         self.run.end_step(index)
-        samples = sum(plan.size(index) for plan in self._plans.values())
+        samples = sum([plan.size(index) for plan in self._plans.values()])
         self.metrics.finished(index + 1, step.loss_sum, step.loss_count, step.count, samples)
 
     def _ballot(self, index: int, *, ahead: bool) -> Ballot:
@@ -325,13 +351,11 @@ class Loop:
         exhausted = False
         total = self.total(index)
         wanted = ahead and (total is None or index < total)
-        for name, loader in self._loaders.items():
-            if loader.count is None and loader.stream is None:
-                continue
+        for name in self._looked_at:
             number = self._plans[name].microbatches(index, self.world.world_size) if wanted else 0
             count = self.feeds[name].look_ahead(number)
             exhausted = exhausted or count is None
-            if loader.count is not None:
+            if self._loaders[name].count is not None:
                 counts.append(count or 0)
         self.guard.read()
         self._mark()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,14 +147,14 @@ class Guard:
             self._last = state.get("last", -1)
 
     def _look(self, step: Step) -> bool | torch.Tensor:
-        norm = soundness([one for one in self._run.optimizers if one.pending])
-        if self._looks_late():
+        late = self._looks_late()
+        norm = soundness([one for one in self._run.optimizers if one.pending], wait=not late)
+        if isinstance(norm, torch.Tensor):
             flag = (~torch.isfinite(norm)).to(torch.float32)
             # once bad, nothing is applied until the host knows, or its weights would not be those to look into
             self._flag = flag if self._flag is None else torch.maximum(flag, self._flag)
             return self._flag
-        number = norm.item()
-        if not math.isfinite(number):
+        if not math.isfinite(norm):
             if self._run.scaler is not None and self._overflows(step):
                 return True  # the scaler skips it
             self._refuse(step, "a gradient is not finite")
@@ -226,18 +226,25 @@ class Guard:
             buffer.copy_(kept if flag is None else torch.where(flag > 0, kept, buffer))
 
 
-def soundness(optimizers: Iterable[Optimizer]) -> torch.Tensor:
-    """A 0-d tensor, alike on all ranks, that is finite if all gradients of some optimizers are."""
-    optimizers = list(optimizers)
-    parts = list({id(one.norm): one.norm for one in optimizers if one.norm is not None}.values())
-    rest = [one for one in optimizers if one.norm is None]
-    if rest:
-        parts.append(_sum([p.grad for one in rest for p in one.parameters() if p.grad is not None]))
-        if any(one.sharded for one in rest):  # each rank has seen its shards alone
-            flag = (~torch.isfinite(parts[-1])).to(torch.float32)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            parts[-1] = torch.where(flag > 0, torch.nan, parts[-1])
-    return parts[0] if len(parts) == 1 else torch.stack([part.float() for part in parts]).sum()
+def soundness(optimizers: Sequence[Optimizer], *, wait: bool) -> torch.Tensor | float:
+    """A number, alike on all ranks, that is finite if all gradients of some optimizers are.
+
+    With `wait` the host has it; else it is a 0-d tensor on the device.
+    """
+    norms = {id(one.norm): one.norm for one in optimizers if one.norm is not None}
+    gradients: list[torch.Tensor] = []
+    sharded = False  # each rank has seen its shards alone
+    for one in optimizers:
+        if one.norm is None:
+            gradients += one.gradients()
+            sharded = sharded or one.sharded
+    if wait and not sharded and not (gradients and gradients[0].is_cuda):
+        return sum([abs(norm.item()) for norm in norms.values()] + [abs(_sum(gradient)) for gradient in gradients])
+    parts = [norm.float() for norm in norms.values()]
+    if gradients:
+        parts.append(_total(gradients, sharded=sharded))
+    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+    return total.item() if wait else total
 
 
 def spoiled(models: Mapping[str, nn.Module]) -> str:
@@ -261,13 +268,23 @@ def check_state(state: Any) -> None:
         raise TypeError(f"numbers is {str(state)[:30]}")
 
 
-def _sum(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Finite if they are: on a CPU sums, which cost half of norms; on a GPU their norm, which is fewer kernels."""
-    here = [_values(gradient) for gradient in gradients]
-    if here[0].device.type != "cpu":
-        return torch.nn.utils.get_total_norm(here)
-    sums = [one.sum(dtype=torch.float32 if one.dtype == torch.float16 else None) for one in here]  # fp16 would overflow
-    return torch.tensor(sum(abs(one.item()) for one in sums), dtype=torch.float64)
+def _total(gradients: list[torch.Tensor], *, sharded: bool) -> torch.Tensor:
+    """Finite on every rank if all gradients are; on a GPU their norm, which is fewer kernels than sums."""
+    if gradients[0].is_cuda:
+        total = torch.nn.utils.get_total_norm([_values(gradient) for gradient in gradients]).float()
+    else:
+        total = torch.tensor(sum([abs(_sum(gradient)) for gradient in gradients]))
+    if sharded:
+        flag = (~torch.isfinite(total)).to(torch.float32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        total = torch.where(flag > 0, torch.nan, total)
+    return total
+
+
+def _sum(gradient: torch.Tensor) -> float:
+    """Finite if its elements are, on a CPU: a sum costs half of a norm."""
+    here = _values(gradient)
+    return float(here.sum(dtype=torch.float32) if here.dtype == torch.float16 else here.sum())  # fp16 would overflow
 
 
 def _values(gradient: torch.Tensor) -> torch.Tensor:

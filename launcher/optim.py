@@ -41,7 +41,7 @@ class Optimizer:
         self._finished = False
         self.sharded = any(is_sharded(parameter) for parameter in self.parameters())
         """Whether each rank holds, and sees, a part of the gradients."""
-        inner.register_step_post_hook(self._applied)
+        self._zeroes_plainly = type(inner).zero_grad is torch.optim.Optimizer.zero_grad
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -52,6 +52,11 @@ class Optimizer:
         """Every parameter this optimizer updates."""
         return [parameter for group in self.inner.param_groups for parameter in group["params"]]
 
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients that there are."""
+        every = [parameter.grad for group in self.inner.param_groups for parameter in group["params"]]
+        return [gradient for gradient in every if gradient is not None]
+
     @property
     def fused(self) -> bool:
         """Whether a flag on the device can keep it from applying anything, as a GradScaler's does."""
@@ -59,13 +64,17 @@ class Optimizer:
 
     @property
     def pending(self) -> bool:
-        """Whether it has gradients that are whole and not applied."""
-        there = not self.spent and all(replica.synced for replica in self._replicas)
-        return there and any(parameter.grad is not None for parameter in self.parameters())
+        """Whether its gradients, if it has any, are whole and not applied."""
+        return not self.spent and all(replica.synced for replica in self._replicas)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
-        self.inner.zero_grad(set_to_none=set_to_none)
+        if set_to_none and self._zeroes_plainly:
+            for group in self.inner.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        else:
+            self.inner.zero_grad(set_to_none=set_to_none)
 
     def step(self) -> None:
         """Update the parameters, or skip the update where nothing was counted, fp16 overflowed or numbers are bad.
@@ -74,7 +83,8 @@ class Optimizer:
             RecipeError: no synchronised backward stands behind the gradients.
         """
         sound = self.finish_gradients() and self._judge()
-        self.stepped = self.skipped = self.spent = True
+        self.stepped = self.spent = True
+        self.skipped = sound is False
         if sound is False:
             return
         if self.scaler is not None:
@@ -105,8 +115,7 @@ class Optimizer:
 
     def finish_gradients(self) -> bool:
         """Unscale and normalise the gradients, once; False where there is nothing to apply."""
-        factor = self._factor()
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        factor, gradients = self._factor(), self.gradients()
         if factor is None or not gradients:
             return False
         if not self._finished:
@@ -118,9 +127,6 @@ class Optimizer:
                 torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
             self._finished = True
         return True
-
-    def _applied(self, *_: object) -> None:
-        self.skipped = False
 
     def _check_synced(self) -> None:
         for replica in self._replicas:

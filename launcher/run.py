@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,10 +18,12 @@ from typing_extensions import TypeVar
 
 from launcher.average import average, evaluating
 from launcher.batches import plan_steps
+from launcher.caches import Caches
 from launcher.clock import Clock
 from launcher.config import RunConfig
 from launcher.data import Loader
 from launcher.errors import CheckpointError, LauncherError, RecipeError, UsageError
+from launcher.garbage import Garbage
 from launcher.loop import Loop
 from launcher.metrics import Bar, Metrics, checked
 from launcher.numbers import Guard
@@ -32,6 +35,7 @@ from launcher.rundir import RunDir
 from launcher.save import Saver
 from launcher.seeds import WEIGHTS, kept_host_generators, mix, seed_host
 from launcher.signals import Signals, Stopped
+from launcher.startup import Startup, line
 from launcher.state import ExtraState, frozen_digest, parameter_names
 from launcher.step import Step
 from launcher.watchdog import Pulse
@@ -77,6 +81,9 @@ class Run:
         self.finish_reason: str | None = None
         self.numbers = Guard(self)
         self.pulse = Pulse()
+        self.garbage = Garbage(every=config.gc_every, empty_cache_every=config.empty_cache_every)
+        self.startup = Startup()
+        self.caches: Caches | None = None
         self.clock = Clock(os.environ, save_seconds=rundir.read().get("save_seconds") if world.is_main else None)
         self._accelerator, self._rundir, self._attempt = accelerator, rundir, attempt
         self.saver = Saver(self, rundir, attempt, settings)
@@ -145,6 +152,10 @@ class Run:
         """
         name = name or ("model" if not self._builds else f"model_{self._builds}")
         self._before_steps(f"run.build(name={name!r})", name, self.models)
+        with self.startup.during("weights"):
+            return self._build(make, name, frozen=frozen, blocks=blocks, unused=find_unused_parameters)
+
+    def _build(self, make: Callable[[], M], name: str, *, frozen: bool, blocks: Blocks, unused: bool) -> M:
         with kept_host_generators(), torch.device("cpu"):
             seed_host(mix(self.seed, WEIGHTS, self._builds))
             model = make()
@@ -154,7 +165,7 @@ class Run:
         else:
             self._restorer.initialise(name, model)
             self.frozen[name] = frozen_digest(model)
-        wrapped = wrap(model, self.config, self.world, self._accelerator, blocks=blocks, unused=find_unused_parameters)
+        wrapped = wrap(model, self.config, self.world, self._accelerator, blocks=blocks, unused=unused)
         if not frozen:
             self.models[name] = wrapped
             if extra := ExtraState(wrapped):
@@ -251,7 +262,7 @@ class Run:
         plans = plan_steps(loaders, self.world_size, total=total, epochs=epochs)
         self._say_caveats(loaders)
         self._check_rewind(loaders)
-        with self.pulse.during("restore"):
+        with self.pulse.during("restore"), self.startup.during("weights"):
             self.completed = self._restorer.restore(plans, loaders)
         self.numbers.restore(self._restorer.numbers)
         self.saver.begin(self.completed, own=self._restorer.own)
@@ -287,7 +298,8 @@ class Run:
         gradients are kept in here; both are restored, also when the ranks agree to stop inside.
         """
         begun = time.perf_counter()
-        with self.pulse.during("scoring"), self._metrics.pause() if self._metrics is not None else nullcontext():
+        paused = self._metrics.pause() if self._metrics is not None else nullcontext()
+        with self.startup.during("evaluation"), self.pulse.during("scoring"), self.garbage.automatic(), paused:
             means = average(self, score, data)
         self.clock.evaluated(time.perf_counter() - begun)
         return means
@@ -295,7 +307,7 @@ class Run:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients, rank 0's buffers on every rank; restored afterwards. For sampling, say."""
-        with self.pulse.during("evaluation"), evaluating(self):
+        with self.pulse.during("evaluation"), self.garbage.automatic(), evaluating(self):
             yield
 
     def mean(self, value: torch.Tensor | float) -> torch.Tensor:
@@ -434,9 +446,7 @@ class Run:
         self.completed = index + 1
         if not self.stepped:
             self.stepped = True
-            if self.is_main:
-                with suppress(LauncherError):  # a full disk is the next save's to tell
-                    self._rundir.record_step(self._attempt, self.completed)
+            self._started()
 
     def close(self) -> None:
         """Stop the workers, the metrics and the trackers; a save in progress may end first."""
@@ -453,6 +463,16 @@ class Run:
                 print(
                     f"launcher: never in a metrics line that was due: {', '.join(sorted(unwritten))}: use step.every()"
                 )
+
+    def _started(self) -> None:
+        """This start has completed its first step."""
+        startup = self.startup.end(0.0 if self._metrics is None else self._metrics.waited)
+        if self.caches is not None:
+            self.caches.stepped(first_node=self.rank < self.world.local_world_size)
+        if self.is_main:
+            print(f"launcher: {line(startup)}", file=sys.stderr, flush=True)
+            with suppress(LauncherError):  # a full disk is the next save's to tell
+                self._rundir.record_step(self._attempt, self.completed, startup)
 
     def _check_rewind(self, loaders: Mapping[str, Loader[Any]]) -> None:
         """Samples can only be left out where they have places of their own."""

@@ -250,9 +250,10 @@ class RunDir:
         """Write down that a rank has seen its first stop signal."""
         self._store(f"attempts/{attempt}/signal-{rank:05d}.json", _json({"rank": rank, "signal": name, **here()}))
 
-    def record_step(self, attempt: int, step: int) -> None:
-        """Write down that an attempt has completed its first step."""
-        self._store(f"attempts/{attempt}/stepped", _json({"step": step, **here()}))
+    def record_step(self, attempt: int, step: int, startup: Mapping[str, float]) -> None:
+        """Write down that an attempt has completed its first step, and the seconds that led to it, by stage."""
+        self._store(f"attempts/{attempt}/stepped", _json({"step": step, **here(), "startup": startup}))
+        self.update(startup=startup)
 
     def record_hang(self, attempt: int, rank: int, facts: Mapping[str, Any]) -> None:
         """Write down where a rank stands that makes no progress."""

@@ -19,6 +19,7 @@ __all__ = [
     "mix",
     "seed_host",
     "seed_microbatch",
+    "step_state",
 ]
 
 # What a seed is for; the numbers are part of what a run's results depend on, so they never change.
@@ -27,12 +28,12 @@ WEIGHTS, ORDER, MICROBATCH, SAMPLE, COLLATE = range(1, 6)
 MASK = (1 << 64) - 1
 
 
-def mix(*words: int) -> int:
+def mix(*words: int, state: int = 0) -> int:
     """One 64-bit seed from integers: SplitMix64's output function (Steele, Lea and Flood, 2014), chained.
 
-    Python's `hash` would do, but is not promised to stay the same between versions.
+    `state` is what came of the words before these. Python's `hash` would do, but is not promised to stay the same
+    between versions.
     """
-    state = 0
     for word in words:
         state = (state ^ (word & MASK)) + 0x9E3779B97F4A7C15 & MASK
         state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & MASK
@@ -63,12 +64,17 @@ def kept_host_generators() -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
-def seed_microbatch(seed: int, step: int, microbatch: int, device: torch.device, *, iteration: int = 0) -> None:
-    """Seed everything that a forward pass may draw from, before micro-batch `microbatch` of step `step`.
+def step_state(seed: int, step: int) -> int:
+    """What `seed_microbatch` goes on from in every micro-batch of a step."""
+    return mix(seed, MICROBATCH, step)
+
+
+def seed_microbatch(state: int, microbatch: int, device: torch.device, *, iteration: int = 0) -> None:
+    """Seed everything that a forward pass may draw from, before micro-batch `microbatch` of the step of `state`.
 
     `iteration` counts the times that the step's micro-batches were gone through before.
     """
-    value = mix(seed, MICROBATCH, step, microbatch, iteration)
+    value = mix(microbatch, iteration, state=state)
     seed_host(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(value)

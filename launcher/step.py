@@ -15,7 +15,7 @@ from launcher.errors import RecipeError
 from launcher.examine import Examination, Finding
 from launcher.optim import Optimizer, clip_gradients
 from launcher.order import Slot
-from launcher.seeds import seed_microbatch
+from launcher.seeds import seed_microbatch, step_state
 
 if TYPE_CHECKING:
     from launcher.loop import Loop
@@ -54,8 +54,9 @@ class Step:
         self._doubts: list[tuple[int, Slot, torch.Tensor]] = []  # losses that are, or on a GPU may be, not finite
         for optimizer in loop.run.optimizers:
             optimizer.begin(self.factor, self.judge)
+        self._seed = step_state(loop.run.seed, index)
         # what a body draws before its micro-batches; data that it generates is each rank's own
-        seed_microbatch(loop.run.seed, index, -1 if loop.feeds else loop.world.rank, loop.world.device)
+        seed_microbatch(self._seed, -1 if loop.feeds else loop.world.rank, loop.world.device)
 
     @property
     def count(self) -> float:
@@ -150,15 +151,18 @@ class Step:
         if current is None:
             raise RecipeError("step.backward() outside of the loop over the step's micro-batches")
         _check_loss(loss)
-        scale = self._scale(current.slot.padding, count, of)
-        if self._passes == 1 and not current.slot.padding and of in (None, self._loop.first):
-            self._add_loss(loss)
+        padding, value = current.slot.padding, loss.detach()
+        scale = self._scale(padding, count, of)
+        if self._passes == 1 and not padding and of in (None, self._loop.first):
+            self._add_loss(value)
         if self._last and not self._loop.agreement.pending:
             self._loop.issue(self.index)
-        gradient = self._loop.constant(scale, loss)  # cheaper than a multiplication, which autograd would record too
-        gradient = self._doubted(loss.detach(), gradient) if scale else gradient
+        gradient = self._loop.constant(scale, value)  # cheaper than a multiplication, which autograd would record too
+        gradient = self._doubted(value, gradient) if scale else gradient
         scaler = self._loop.run.scaler
         loss.backward(gradient if scaler is None else scaler.scale(gradient))
+        if not self._last:
+            self._loop.keep_gradients()
         self._synced = self._synced or self._last
         self._backwards += 1
         if self._last and self._examination is not None:
@@ -267,7 +271,6 @@ class Step:
         return 0.0 if padding or total == 0 else self._loop.world.world_size / total
 
     def _add_loss(self, loss: torch.Tensor) -> None:
-        loss = loss.detach()
         if self.loss_sum is not None:
             self.loss_sum = self.loss_sum + loss
         else:  # what a CUDA graph returns is overwritten by its next replay
@@ -306,9 +309,7 @@ class Step:
         if self._examination is not None:
             self._examination.enter(self._passes - 1, fetched.slot, fetched.batch)
         loop.sync_gradients(last)
-        seed_microbatch(
-            loop.run.seed, self.index, fetched.slot.microbatch, loop.world.device, iteration=self._passes - 1
-        )
+        seed_microbatch(self._seed, fetched.slot.microbatch, loop.world.device, iteration=self._passes - 1)
 
 
 def _check_loss(loss: torch.Tensor) -> None:

@@ -56,6 +56,22 @@ def test_order_across_blocks_and_epochs():
 
 
 @given(
+    size=st.sampled_from([1, 7, 1000, 10**6, 10**11]),
+    width=st.sampled_from([1, 8, 600]),
+    world=st.sampled_from([1, 5, 64, 1024, 16_384]),
+    first=st.integers(0, 10**9),
+)
+@settings(max_examples=20, deadline=None)
+def test_what_a_rank_of_many_reads_is_what_lies_there(size, width, world, first):
+    """However far apart its reads are, and where they jump: as if each were the first."""
+    order = Order(size, seed=4, shuffle=True)
+    reads = [(first + k * width * world, width) for k in (*range(8), 3, 20, 21, 22, 22)]
+    for start, number in [*reads, (first + width * world, 1)]:
+        alone = Order(size, seed=4, shuffle=True)._near(start, start + number)
+        assert np.array_equal(order.samples(start, start + number), alone)
+
+
+@given(
     batch=st.integers(1, 40),
     micro=st.integers(1, 40),
     world=st.integers(1, 6),

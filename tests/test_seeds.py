@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from launcher.seeds import MICROBATCH, mix, seed_microbatch
+from launcher.seeds import MICROBATCH, mix, seed_microbatch, step_state
 
 
 def test_the_mix_is_pinned():
@@ -27,9 +27,9 @@ def test_every_generator_repeats():
         return random.random(), float(np.random.rand()), torch.rand(3).tolist()
 
     device = torch.device("cpu")
-    seed_microbatch(0, 5, 2, device)
+    seed_microbatch(step_state(0, 5), 2, device)
     first = draw()
-    seed_microbatch(0, 5, 2, device)
+    seed_microbatch(step_state(0, 5), 2, device)
     assert draw() == first
-    seed_microbatch(0, 5, 2, device, iteration=1)
+    seed_microbatch(step_state(0, 5), 2, device, iteration=1)
     assert draw() != first
