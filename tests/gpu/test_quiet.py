@@ -15,6 +15,12 @@ KINDS = {
     "every-line-due": ["--run.log-every", 1],
     "bf16-fused": ["--run.precision", "bf16", "--fused"],
     "compiled": ["--run.compile", "default"],
+    "cuda-graphs": ["--run.compile", "reduce-overhead"],
+    "arrow": ["--source", "arrow"],
+    "items": ["--source", "items"],
+    "workers": ["--source", "items", "--run.workers", 2],
+    "saves": ["--run.save-every", 7],
+    "skip": ["--run.bad-numbers", "skip", "--fused"],
     "fsdp": ["--run.shard", "full"],
 }
 
