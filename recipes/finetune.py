@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model of transformers: whole, with frozen layers, or with LoRA.
+"""Fine-tune a causal language model of transformers: whole, with frozen layers, or with LoRA; samples packed in rows.
 
 $ python recipes/finetune.py                     # a tiny model with random weights, on Python's own documentation
 $ python recipes/finetune.py --model.path Qwen/Qwen2.5-0.5B --data.files chats.jsonl --lora.rank 8 --run.precision bf16
@@ -8,14 +8,19 @@ $ launcher run --gpus 8 recipes/finetune.py --model.path ./llama --data.name tat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset
 
 import launcher
 
@@ -33,6 +38,7 @@ class ModelConfig:
     path: str | None = None  # a directory, or a model of the Hub, with safetensors; none: a tiny one, random weights
     freeze_embeddings: bool = False  # train neither the embedding nor an output matrix tied to it
     freeze_layers: int = 0  # train none of the first so many blocks
+    chunked_loss: bool = False  # logits never exist whole: less memory where the vocabulary is large
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,10 @@ class DataConfig:
     text: str = "text"  # the column to learn, where there are no prompts
     prompt: str = "prompt"  # the column that is read but not learnt
     completion: str = "completion"  # the column that is learnt
-    max_length: int = 256  # tokens; a longer sample is cut
+    max_length: int = 256  # tokens in a row; a longer sample is cut
+    pack: bool = True  # a row holds as many samples as it has room for, which do not see each other; else one
     held_out: float = 0.05  # the part of the samples to evaluate on
+    cache: str = "~/.cache/launcher/finetune"  # where tokens are kept
 
 
 @dataclass(frozen=True)
@@ -59,38 +67,34 @@ class Config:
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
     steps: int = 100
-    batch_size: int = 16  # samples per optimizer step, over all GPUs
-    microbatch_size: int = 4  # samples per forward pass, on one GPU
+    batch_size: int = 8  # rows per optimizer step, over all GPUs
+    microbatch_size: int = 2  # rows per forward pass, on one GPU
     lr: float = 1e-3
     warmup: int = 10  # steps
     weight_decay: float = 0.0
     eval_every: int = 50  # steps
 
 
-Sample = dict[str, str]
 Batch = dict[str, Tensor]
+Ints = npt.NDArray[np.integer[Any]]
+
+# ---- data: samples to tokens, once a machine; tokens to rows, in each process ----
+
+PART = 1 << 16  # samples that are tokenised at a time: what a process loses when it is killed
 
 
-def load_samples(data: DataConfig) -> tuple[Subset[Sample], Subset[Sample]]:
-    """Samples to train on and samples to evaluate on: rows with a `completion`, and perhaps a `prompt`."""
-    rows: Sequence[Sample] = default_samples() if data.name is None and not data.files else read_samples(data)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()  # the split never moves
-    held_out = max(1, round(data.held_out * len(rows)))
-    return Subset(rows, order[held_out:]), Subset(rows, order[:held_out])  # type: ignore[arg-type]  # rows are map-style
-
-
-def default_samples() -> list[Sample]:
+def default_samples() -> datasets.Dataset:
     """The paragraphs of Python's own documentation of its language, each after the name of its page."""
     from pydoc_data.topics import topics
 
     paragraphs = ((name, text) for name, page in sorted(topics.items()) for text in page.split("\n\n"))
-    return [{"prompt": f"{name}: ", "completion": text} for name, text in paragraphs]
+    return datasets.Dataset.from_list([{"prompt": f"{name}: ", "completion": text} for name, text in paragraphs])
 
 
-def read_samples(data: DataConfig) -> Sequence[Sample]:
-    """Samples of local files, or of a dataset of the Hub."""
-    import datasets
-
+def load_samples(data: DataConfig) -> datasets.Dataset:
+    """Samples with a `completion`, and perhaps a `prompt`: of local files, of the Hub, or the default."""
+    if data.name is None and not data.files:
+        return default_samples()
     kinds = {Path(file).suffix for file in data.files}
     source = data.name or " ".join(data.files)
     if data.files and (kinds - {".txt", ".jsonl"} or len(kinds) > 1):
@@ -113,41 +117,126 @@ def read_samples(data: DataConfig) -> Sequence[Sample]:
         raise launcher.UsageError(
             f"{source} has the columns {columns}: give --data.text, or --data.prompt and --data.completion"
         )
-    table = table.select_columns(list(names)).rename_columns(names)
-    return table  # type: ignore[no-any-return]
+    return table.select_columns(list(names)).rename_columns(names)
 
 
-class Collate:
-    """Samples to a padded batch of `input_ids`, `attention_mask` and `labels`, each [samples, length]."""
+def tokenise(samples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path) -> None:
+    """Write samples, end to end, as an array [3, tokens]: the tokens, the next where it is learnt, and the places.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+    A sample is its prompt, its completion, which is learnt, and an end, cut at `max_length`. Places count from 0 in
+    each sample.
+    """
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    written = []
+    for some in samples.iter(batch_size=1024):
+        prompts, completions = some.get("prompt", [""] * len(some["completion"])), some["completion"]
+        if not all(isinstance(text, str) for text in (*prompts, *completions)):
+            raise launcher.UsageError(
+                "a sample holds no text: give --data.text, or --data.prompt and --data.completion"
+            )
+        pairs = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, completions))
+        for prompt, completion in zip(*pairs, strict=True):
+            ids = np.array([*begin, *prompt, *completion, tokenizer.eos_token_id][:max_length])
+            targets = np.append(ids[1:], IGNORED)
+            targets[: max(0, len(begin) + len(prompt) - 1)] = IGNORED
+            written.append(np.stack([ids, targets, np.arange(len(ids))]).astype(np.int32))
+    with open(path, "wb") as file:  # a path would be given another ending
+        np.save(file, np.concatenate(written, axis=1))
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        encoded = [self.encode(sample) for sample in samples]
-        longest = max(len(ids) for ids, _ in encoded)
-        length = min(-(-longest // 64) * 64, self.max_length)  # few lengths: each one compiles anew
-        ids = torch.full((len(samples), length), self.tokenizer.pad_token_id)
-        labels = torch.full((len(samples), length), IGNORED)
-        mask = torch.zeros((len(samples), length), dtype=torch.long)
-        for row, (tokens, learnt_from) in enumerate(encoded):
-            ids[row, : len(tokens)] = tokens
-            labels[row, learnt_from : len(tokens)] = tokens[learnt_from:]
-            mask[row, : len(tokens)] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def encode(self, sample: Sample) -> tuple[Tensor, int]:
-        """Prompt and completion as tokens, and where the completion begins."""
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        prompt = start + self.tokenizer.encode(sample.get("prompt", ""), add_special_tokens=False)
-        completion = self.tokenizer.encode(sample["completion"], add_special_tokens=False)
-        tokens = [*prompt, *completion, self.tokenizer.eos_token_id]
-        return torch.tensor(tokens[: self.max_length]), min(len(prompt), self.max_length)
+def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Ints]:
+    """The parts of all samples' tokens, mapped into memory: made once a machine, by all processes together."""
+    samples = load_samples(data)
+    if not len(samples):
+        raise launcher.UsageError("the data holds no sample: give other --data.files, or --data.name")
+    parts = {
+        f"tokens-{start // PART:05}.npy": partial(
+            tokenise, samples.select(range(start, min(start + PART, len(samples)))), tokenizer, data.max_length
+        )
+        for start in range(0, len(samples), PART)
+    }
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    settings = {"samples": samples._fingerprint, "tokenizer": [repr(type(tokenizer)), vocabulary, marks]}
+    directory = launcher.prepare(data.cache, {"version": 1, "max_length": data.max_length, **settings}, parts)
+    return [np.load(directory / name, mmap_mode="r") for name in parts]
+
+
+def pack(lengths: list[int], width: int) -> list[list[int]]:
+    """The samples of each row of `width` tokens, none cut and none left out: the longest first, each to the row where
+    it leaves the least room (best-fit decreasing)."""
+    rows: list[list[int]] = []
+    room: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by the tokens that they have left
+    lefts = 0  # bit n is set where a row has n tokens left: the search is a shift, not a loop
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        length = lengths[sample]
+        if fitting := lefts >> length:
+            left = length + (fitting & -fitting).bit_length() - 1
+            row = room[left].pop()
+            lefts ^= 0 if room[left] else 1 << left
+        else:
+            left, row = width, len(rows)
+            rows.append([])
+        rows[row].append(sample)
+        room[left - length].append(row)
+        lefts |= 1 << (left - length)
+    return rows
+
+
+class Rows(Dataset[Batch]):
+    """Rows of samples as `input_ids`, `targets` and `position_ids`, which begin at 0 in each sample and in the padding.
+
+    Each is [rows, length]: the length of all rows if they are packed, else what the longest of a batch needs.
+    """
+
+    def __init__(self, parts: list[Ints], spans: Ints, data: DataConfig, padding: int) -> None:
+        """`spans` [samples, 3] has of each sample the number of its part, and where in it begins and ends."""
+        self.parts, self.width, self.fixed, self.padding = parts, data.max_length, data.pack, padding
+        lengths = spans[:, 2] - spans[:, 1]
+        rows = pack(lengths.tolist(), self.width) if data.pack else [[k] for k in range(len(spans))]
+        self.rows = [spans[row] for row in rows]
+        self.lengths = np.array([lengths[row].sum() for row in rows], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        longest = int(self.lengths[rows].max())
+        length = self.width if self.fixed else min(-(-longest // 64) * 64, self.width)  # each new one compiles anew
+        read = np.empty((3, len(rows), length), np.int64)
+        for k, row in enumerate(rows):
+            at = 0
+            for part, start, stop in self.rows[row].tolist():
+                read[:, k, at : at + stop - start] = self.parts[part][:, start:stop]
+                at += stop - start
+            read[0, k, at:], read[1, k, at:], read[2, k, at:] = self.padding, IGNORED, np.arange(length - at)
+        return dict(zip(("input_ids", "targets", "position_ids"), torch.from_numpy(read), strict=True))
+
+
+def load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows]:
+    """Rows to train on, and rows to evaluate on."""
+    parts = prepare(data, tokenizer)
+    starts = [np.flatnonzero(part[2] == 0) for part in parts]
+    stops = [np.append(start[1:], part.shape[1]) for start, part in zip(starts, parts, strict=True)]
+    numbers = np.repeat(np.arange(len(parts)), [len(start) for start in starts])
+    spans = np.stack([numbers, np.concatenate(starts), np.concatenate(stops)], axis=1)
+    order = torch.randperm(len(spans), generator=torch.Generator().manual_seed(0)).numpy()  # the split never moves
+    held_out = max(1, round(data.held_out * len(spans)))
+    train, test = (spans[some] for some in (order[held_out:], order[:held_out]))
+    return Rows(parts, train, data, tokenizer.pad_token_id), Rows(parts, test, data, tokenizer.pad_token_id)
+
+
+def as_read(batch: Any) -> Batch:
+    """What `Rows` gives is a batch already."""
+    return batch  # type: ignore[no-any-return]
 
 
 def learnt(batch: Batch) -> int:
-    """Tokens that are predicted: those after the first that are neither of a prompt nor padding."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    """Tokens that are predicted: neither of a prompt, nor padding, nor a sample's first."""
+    return int((batch["targets"] != IGNORED).sum())
+
+
+# ---- model ----
 
 
 def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
@@ -208,41 +297,94 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
     return peft.get_peft_model(model, settings)
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """The sum of the losses of the tokens that are learnt."""
-    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits = outputs.logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+def alike(logits: Callable[[], Tensor], wanted: Tensor) -> bool:
+    """Whether a model can compute these logits, and to what rounding leaves."""
+    try:
+        return bool((logits() - wanted).abs().max() <= 1e-3 * wanted.abs().max())
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def with_loss(model: Any, cfg: Config) -> nn.Module:
+    """The model, whose forward now gives the sum of the losses of a batch's learnt tokens.
+
+    Within the forward the loss has the model's precision, and weights are whole where they are sharded. The forward is
+    replaced in place, so the weights keep their names.
+
+    Raises:
+        UsageError: with these options the model's losses would be others.
+    """
+    model.eval()
+    forward, decoder, config = model.forward, model.get_decoder(), model.config.get_text_config()
+    head = model.get_output_embeddings()  # whose weight is another tensor once it is sharded
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    # transformers finds samples by their places, for which a GPU has to stop: only if its masks are more than that
+    masked = config._attn_implementation == "sdpa" and all(not n or n >= cfg.data.max_length for n in windows)
+
+    def inputs(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        sample, given = (position_ids == 0).cumsum(-1), {"input_ids": input_ids, "use_cache": False}
+        if not cfg.data.pack:
+            return given | {"attention_mask": (sample == 1).long()}
+        mask = (sample[:, None, :, None] == sample[:, None, None, :]).tril() if masked else None
+        return given | {"position_ids": position_ids, "attention_mask": mask}
+
+    def loss_sum(input_ids: Tensor, targets: Tensor, position_ids: Tensor) -> Tensor:
+        given = inputs(input_ids, position_ids)
+        if cfg.model.chunked_loss:
+            hidden = decoder(**given).last_hidden_state
+            return launcher.linear_cross_entropy(hidden, head.weight, targets, ignore_index=IGNORED)
+        logits = forward(**given).logits.flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    with torch.no_grad():
+        ids = torch.arange(16)[None] % head.weight.shape[0]
+        alone = torch.cat(
+            [forward(input_ids=part, use_cache=False).logits for part in ids.split((5, 11), dim=1)], dim=1
+        )
+        places = torch.cat([torch.arange(5), torch.arange(11)])[None]
+        if cfg.data.pack and not alike(lambda: forward(**inputs(ids, places)).logits, alone):
+            raise launcher.UsageError(
+                f"{type(model).__name__} lets samples of a row see each other: add --data.no-pack"
+            )
+        if cfg.model.chunked_loss and not alike(
+            lambda: decoder(ids[:, :5]).last_hidden_state @ head.weight.T, alone[:, :5]
+        ):
+            raise launcher.UsageError(f"{type(model).__name__} does more for its logits: drop --model.chunked-loss")
+    model.forward = loss_sum
+    trained: nn.Module = model.train()  # from_pretrained gives it in evaluation mode
+    return trained
 
 
 def train(run: launcher.Run, cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model.path)
-    train_set, test_set = load_samples(cfg.data)
-    collate = Collate(tokenizer, cfg.data.max_length)
-    samples = run.loader(
+    train_set, test_set = load_rows(cfg.data, tokenizer)
+    rows = run.loader(
         train_set,
         batch_size=cfg.batch_size,
         microbatch_size=cfg.microbatch_size,
-        collate=collate,
+        collate=as_read,
         count=learnt,
         unit="tokens",
     )
-    held_out = run.loader(test_set, batch_size=cfg.microbatch_size, shuffle=False, collate=collate)
-    model = run.build(lambda: load_model(cfg, len(tokenizer)))
+    held_out = run.loader(test_set, batch_size=cfg.microbatch_size, shuffle=False, collate=as_read)
+    model = run.build(lambda: with_loss(load_model(cfg, len(tokenizer)), cfg))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = run.optimizer(torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True))
     whole = sum(parameter.numel() for parameter in model.parameters())
-    run.print(f"{sum(p.numel() for p in trained):,} of {whole:,} parameters train, on {len(train_set):,} samples")
+    full = train_set.lengths.mean() / cfg.data.max_length
+    run.print(
+        f"{sum(p.numel() for p in trained):,} of {whole:,} parameters train, on {len(rows):,} rows, {full:.1%} full"
+    )
 
     def score(batch: Batch) -> dict[str, tuple[Tensor, int]]:
-        return {"val_loss": (loss_sum(model, batch), learnt(batch))}
+        return {"val_loss": (model(**batch), learnt(batch))}
 
-    for step in run.steps(samples, total=cfg.steps):
+    for step in run.steps(rows, total=cfg.steps):
         if step.every(cfg.eval_every):
             step.log(**run.average(score, held_out))
         launcher.set_lr(optimizer, cfg.lr * launcher.warmup_linear(step.index, cfg.steps, cfg.warmup))
         for batch in step:
-            step.backward(loss_sum(model, batch))
+            step.backward(model(**batch))
         step.log(grad_norm=step.clip(1.0))
         optimizer.step()
         optimizer.zero_grad()

@@ -1,12 +1,19 @@
 """recipes/finetune.py: samples, batches, and what of a model trains; its runs are in test_runs.py."""
 
 import json
+import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 import launcher
 from recipes import finetune
@@ -17,46 +24,184 @@ EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of matrices this small, more only wait for each other
+    yield
+    torch.set_num_threads(threads)
 
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_prompts_and_padding_are_not_learnt() -> None:
-    collate = finetune.Collate(TOKENIZER, max_length=256)
-    batch = collate([{"prompt": "ab", "completion": "cde"}, {"completion": "f" * 70}])
+Sample = dict[str, str]
+
+
+def rows_of(samples: list[Sample], path: Path, **options: Any) -> finetune.Rows:
+    """Rows of all these samples."""
+    data = DataConfig(**options)
+    finetune.tokenise(datasets.Dataset.from_list(samples), TOKENIZER, data.max_length, path / "tokens.npy")
+    part = np.load(path / "tokens.npy")
+    starts = np.flatnonzero(part[2] == 0)
+    spans = np.stack([np.zeros_like(starts), starts, np.append(starts[1:], part.shape[1])], axis=1)
+    return finetune.Rows([part], spans, data, PAD)
+
+
+def every(rows: finetune.Rows) -> finetune.Batch:
+    return rows.__getitems__(list(range(len(rows))))
+
+
+def test_prompts_and_padding_are_not_learnt(tmp_path: Path) -> None:
+    batch = every(
+        rows_of([{"prompt": "ab", "completion": "cde"}, {"prompt": "", "completion": "f" * 70}], tmp_path, pack=False)
+    )
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(batch, (2, 128))
     letters = [TOKENIZER.encode(letter, add_special_tokens=False)[0] for letter in "abcdef"]
     assert batch["input_ids"][0, :7].tolist() == [*letters[:5], EOS, PAD]
-    assert batch["labels"][0, :7].tolist() == [IGNORED, IGNORED, *letters[2:5], EOS, IGNORED]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [6, 71]
+    assert batch["targets"][0, :7].tolist() == [IGNORED, *letters[2:5], EOS, IGNORED, IGNORED]
+    assert (batch["position_ids"] == 0).nonzero().tolist() == [[0, 0], [0, 6], [1, 0], [1, 71]]
     assert finetune.learnt(batch) == 4 + 70  # nothing stands before the first token of a sample without a prompt
 
 
-def test_long_samples_are_cut() -> None:
-    collate = finetune.Collate(TOKENIZER, max_length=10)
-    batch = collate([{"prompt": "abc", "completion": "x" * 50}, {"prompt": "y" * 50, "completion": "z"}])
+def test_long_samples_are_cut(tmp_path: Path) -> None:
+    samples = [{"prompt": "abc", "completion": "x" * 50}, {"prompt": "y" * 50, "completion": "z"}]
+    batch = every(rows_of(samples, tmp_path, max_length=10))
     assert batch["input_ids"].shape == (2, 10)
     assert finetune.learnt(batch) == 7  # and none of the sample whose prompt alone is too long
 
 
-def test_the_loss_is_that_of_the_learnt_tokens() -> None:
-    model = finetune.load_model(Config(), len(TOKENIZER)).eval()
-    collate = finetune.Collate(TOKENIZER, max_length=256)
+@given(st.integers(1, 100).flatmap(lambda width: st.tuples(st.just(width), st.lists(st.integers(1, width)))))
+def test_packing_loses_and_cuts_nothing(case: tuple[int, list[int]]) -> None:
+    width, lengths = case
+    rows = finetune.pack(lengths, width)
+    assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
+    used = sorted(sum(lengths[sample] for sample in row) for row in rows)
+    assert not used or used[-1] <= width
+    assert len(used) < 2 or used[0] + used[1] > width  # no two rows have room for each other
+    assert finetune.pack(lengths, width) == rows
+
+
+def test_packed_rows_hold_the_samples_and_little_else(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    samples = [{"prompt": "p" * draw.randint(0, 30), "completion": "c" * draw.randint(1, 150)} for _ in range(400)]
+    packed, alone = rows_of(samples, tmp_path), rows_of(samples, tmp_path, pack=False)
+    assert packed.lengths.sum() == alone.lengths.sum()
+    assert packed.lengths.mean() > 0.97 * 256
+    assert finetune.learnt(every(packed)) == finetune.learnt(every(alone))
+    batch = packed.__getitems__([3])
+    assert batch["input_ids"].shape == (1, 256)
+    pieces = batch["input_ids"][0].tensor_split((batch["position_ids"][0] == 0).nonzero().flatten()[1:])
+    wanted = [np.concatenate([packed.parts[part][0, a:b] for part, a, b in [span]]).tolist() for span in packed.rows[3]]
+    assert [piece.tolist() for piece in pieces[: len(wanted)]] == wanted
+
+
+MODELS = {
+    "llama": lambda: finetune.load_model(Config(), len(TOKENIZER)),
+    "windows": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    ),
+    "learnt positions": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=300, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    ),
+}
+SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "chunked"), [("llama", False), ("llama", True), ("windows", False), ("learnt positions", True)]
+)
+def test_packed_losses_and_gradients_are_those_of_the_samples(tmp_path: Path, name: str, chunked: bool) -> None:
+    samples = [{"prompt": "p" * (k % 5), "completion": "abcdefgh"[k % 8 :] * (k % 7 + 1)} for k in range(16)]
+    packed, alone = rows_of(samples, tmp_path, max_length=96), rows_of(samples, tmp_path, max_length=96, pack=False)
+    assert len(packed) < 8
+    torch.manual_seed(0)
+    plain = MODELS[name]()
+    torch.manual_seed(0)
+    cfg = Config(model=ModelConfig(chunked_loss=chunked), data=DataConfig(max_length=96))
+    ours = finetune.with_loss(MODELS[name](), cfg)
+    losses = {}
+    for row in range(len(alone)):
+        batch = alone.__getitems__([row])
+        length = int(alone.lengths[row])
+        logits = plain(input_ids=batch["input_ids"][:, :length]).logits[0]
+        targets = batch["targets"][0, :length]
+        losses[row] = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+    for row, spans in enumerate(packed.rows):
+        batch, at = packed.__getitems__([row]), 0
+        for span in spans.tolist():  # one sample's targets at a time: its loss, in the company of the others
+            end = at + span[2] - span[1]
+            targets = torch.full_like(batch["targets"], IGNORED)
+            targets[:, at:end] = batch["targets"][:, at:end]
+            number = next(k for k, [one] in enumerate(alone.rows) if one.tolist() == span)
+            with torch.no_grad():
+                loss = ours(**batch | {"targets": targets})
+            assert loss.item() == pytest.approx(losses[number].item(), rel=1e-5, abs=1e-5)
+            at = end
+    total = ours(**every(packed))
+    assert total.item() == pytest.approx(sum(loss.item() for loss in losses.values()), rel=1e-5)
+    total.backward()
+    sum(losses.values()).backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max().clamp(min=1)
+
+
+def test_unpacked_losses_are_those_of_the_samples(tmp_path: Path) -> None:
     samples = [{"prompt": "ab", "completion": "cde"}, {"prompt": "", "completion": "f" * 70}]
-    alone = [finetune.loss_sum(model, collate([sample])).item() for sample in samples]
-    assert finetune.loss_sum(model, collate(samples)).item() == pytest.approx(sum(alone), rel=1e-5)
-    logits = model(input_ids=collate(samples[:1])["input_ids"][:, :6]).logits.log_softmax(-1)[0]
-    targets = collate(samples[:1])["input_ids"][0, 2:6]
-    assert alone[0] == pytest.approx(-logits[1:5].gather(1, targets[:, None]).sum().item(), rel=1e-5)
+    rows = rows_of(samples, tmp_path, pack=False)
+    model = finetune.with_loss(MODELS["llama"](), Config(data=DataConfig(pack=False)))
+    alone = [model(**rows.__getitems__([row])).item() for row in range(2)]
+    assert model(**every(rows)).item() == pytest.approx(sum(alone), rel=1e-5)
+
+
+def bloom() -> transformers.PreTrainedModel:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "n_layer": 1, "n_head": 2}
+    return transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
+
+
+def granite() -> transformers.PreTrainedModel:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**SIZES, **heads, logits_scaling=8.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "chunked", "message"),
+    [
+        (bloom, False, "BloomForCausalLM lets samples of a row see each other: add --data.no-pack"),
+        (granite, True, "GraniteForCausalLM does more for its logits: drop --model.chunked-loss"),
+    ],
+)
+def test_what_would_change_the_losses_is_refused(make: Any, chunked: bool, message: str) -> None:
+    model = make()
+    with pytest.raises(launcher.UsageError, match=message):
+        finetune.with_loss(model, Config(model=ModelConfig(chunked_loss=chunked)))
+    finetune.with_loss(model, Config(data=DataConfig(pack=False)))
+
+
+def test_tokens_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"prompt": f"q{k}", "completion": f"a{k}"}) for k in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(finetune, "PART", 16)
+    data = DataConfig(files=(str(tmp_path / "a.jsonl"),), cache=str(tmp_path / "tokens"), max_length=16)
+    train, test = finetune.load_rows(data, TOKENIZER)
+    assert [part.shape[0] for part in train.parts] == [3, 3, 3]
+    assert (sum(map(len, train.rows)), sum(map(len, test.rows))) == (38, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "tokenise", lambda *_: pytest.fail("tokenised again"))
+        again, _ = finetune.load_rows(data, TOKENIZER)
+        finetune.load_rows(replace(data, pack=False), TOKENIZER)
+    assert all(a.equal(b) for a, b in zip(every(train).values(), every(again).values(), strict=True))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:20]))
+    assert sum(map(len, finetune.load_rows(data, TOKENIZER)[0].rows)) == 19
 
 
 def test_text_files_give_a_sample_a_paragraph(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n\nfour")
-    train, test = finetune.load_samples(DataConfig(files=(str(tmp_path / "a.txt"),)))
-    assert sorted(row["completion"] for part in (train, test) for row in part) == ["four", "one\ntwo", "three"]
-    assert len(test) == 1
+    samples = finetune.load_samples(DataConfig(files=(str(tmp_path / "a.txt"),)))
+    assert list(samples) == [{"completion": text} for text in ("one\ntwo", "three", "four")]
 
 
 @pytest.mark.parametrize("names", [("prompt", "completion"), ("question", "answer")])
@@ -64,15 +209,14 @@ def test_json_lines_give_prompts_and_completions(tmp_path: Path, names: tuple[st
     lines = [{names[0]: f"q{k}", names[1]: f"a{k}", "unused": k} for k in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = DataConfig(files=(str(tmp_path / "a.jsonl"),), prompt=names[0], completion=names[1])
-    train, test = finetune.load_samples(data)
-    assert (len(train), len(test)) == (38, 2)
-    assert all(row == {"prompt": "q" + row["completion"][1:], "completion": row["completion"]} for row in train)
+    assert list(finetune.load_samples(data)) == [{"prompt": f"q{k}", "completion": f"a{k}"} for k in range(40)]
 
 
 def test_default_samples() -> None:
-    train, test = finetune.load_samples(DataConfig())
-    assert len(train) > 1000
-    assert all(row["prompt"].endswith(": ") for row in test)
+    samples = finetune.load_samples(DataConfig())
+    assert len(samples) > 1000
+    assert all(prompt.endswith(": ") for prompt in samples["prompt"])
+    assert samples._fingerprint == finetune.load_samples(DataConfig())._fingerprint  # by which tokens are kept
 
 
 def trained(cfg: Config) -> list[str]:
