@@ -38,5 +38,8 @@ slurm-test: venv
 slurm-campaign: venv
 	$(BIN)/python -m tests.slurm.campaign
 
+# on an idle machine, some minutes each; peers that are not installed (pip install lightning transformers) are left out
+BENCHMARKS := overhead ddp loader checkpoint startup warmstart scale
 bench: venv
-	$(BIN)/python benchmarks/overhead.py
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit; done
+	$(BIN)/python benchmarks/page.py

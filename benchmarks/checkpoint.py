@@ -49,6 +49,7 @@ from typing import Any
 
 import machine
 import numpy as np
+import tables
 import torch
 import torch._dynamo
 import torch.distributed as dist
@@ -60,6 +61,7 @@ from launcher.checkpoint.files import FileEntry, Segment, digest_count, header, 
 from launcher.checkpoint.index import decode, encode
 from launcher.world import World
 
+QUESTION = "What does a checkpoint cost beside a memcpy, the raw disk and its peers, and how does a large job plan?"
 HERE = Path(__file__).resolve().parent
 RANKS = 2
 LIMITS = {"blocked": 1.2, "durable": 1.2, "cold": 1.3}
@@ -463,6 +465,39 @@ def table(result: dict[str, Any]) -> str:
     for name, target in result["targets"].items():
         lines.append(f"{'met   ' if target['met'] else 'MISSED'} {name}: {target['found']}")
     return "\n".join(lines)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result, for the results page."""
+
+    def ratio(row: dict[str, Any], what: str) -> str | None:
+        return f"{row[what]['ratio']:.2f} ({tables.quartiles(row[what]['quartiles'], 2)})" if what in row else None
+
+    columns = {"blocked": "memcpy", "durable": "raw write", "cold": "raw read", "warm": "raw read"}
+    header = ["contender", *(f"{what} / {measure}" for what, measure in columns.items())]
+    rows = []
+    for name, row in result["contenders"].items():
+        memory = [row.get(f"memory_to_{what}_gb") for what in ("save", "load")]
+        rows.append([name, *(ratio(row, what) for what in columns), *memory])
+    settings, raw = result["settings"], result["contenders"]["raw"]
+    parts = [
+        f"{settings['gigabytes']:.2f} GB over {settings['ranks']} ranks, medians of paired ratios and their quartiles "
+        f"over {settings['rounds']} rounds. The raw write and fsync took {raw['durable']['s']:.2f} s, the raw read and "
+        f"a digest {raw['cold']['s']:.2f} s cold and {raw['warm']['s']:.2f} s warm.",
+        tables.markdown([*header, "GB more to save", "to load"], rows),
+    ]
+    for name, row in result["beside_training"].items():
+        median, mean = row["median"]["ratio"], row["mean"]["ratio"]
+        parts.append(f"Steps during {name}'s save: median {median}, mean {mean} of the usual, {row['lost_s']} s lost.")
+    keys = ("plan_a_rank_s", "plan_a_nodes_leader_s", "encode_index_s", "index_mb", "decode_index_s", "plan_a_load_s")
+    plans = [
+        [f"mesh {'x'.join(map(str, plan['mesh']))}, {', '.join(plan['placements'])}", *(plan[key] for key in keys)]
+        for plan in result["large_job"]
+    ]
+    said = ("saved as", "plan a part", "a node's leader, with its header", "encode the index", "its MB", "decode it")
+    parts.append("The large job, 70 B parameters with their moments on 4,096 ranks of 512 nodes; seconds a rank:")
+    parts.append(tables.markdown((*said, "plan the load of 2,048 ranks"), plans))
+    return "\n\n".join(parts)
 
 
 def compare(names: list[str], gigabytes: float, rounds: int, root: Path | None) -> dict[str, Any]:

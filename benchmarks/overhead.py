@@ -15,6 +15,8 @@ How it is fair:
 - A process keeps its luck (where its memory lies) for life, so everything is launched anew several times.
 - The clock is in the model: a step lasts from one forward pass to the next, whoever owns the loop.
 - `control` is the bare loop again: its distance from 1 is what this method cannot resolve.
+- `collecting` is the bare loop with the `gc.collect()` every 10 steps that many have: the launcher freezes what stays,
+  and collects every 100.
 - Peers read the data through a DataLoader whose dataset reads a batch in one slice: the fastest they can be given.
 - The launcher, Lightning's Trainer and HF's Trainer log every 10 steps and save every fourth turn (what that takes is
   told apart, as `save_ms`); Accelerate's and Fabric's loops do neither, and nor does the bare loop.
@@ -24,77 +26,26 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import machine
+import tables
 import torch
 from contenders import BATCH, CONTENDERS, INPUTS, LOG_EVERY, SAMPLES
+from turns import HERE, PINNED, Contender
 
-HERE = Path(__file__).resolve().parent
+QUESTION = "What does a step of a small MLP on one CPU thread cost beside a bare torch loop?"
+MOST, MOST_US = 1.03, 50
+"""Of the launcher's ratio, and of the microseconds it adds to a step."""
 SETTLE = 10  # steps of a turn that are not timed
 ROUNDS_A_SAVE = 4
 NEEDS = {"fabric": "lightning", "lightning": "lightning", "hf": "transformers"}
 BOTH = ("launcher", "lightning", "hf")  # log and save
-THRESHOLD = str(100 << 20)
-PINNED = {
-    "MALLOC_TRIM_THRESHOLD_": THRESHOLD,
-    "MALLOC_MMAP_THRESHOLD_": THRESHOLD,
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(HERE.parent),
-}
-JOB = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "SLURM_", "TORCHELASTIC_")
-
-
-class Contender:
-    """A process that trains while it has the turn."""
-
-    def __init__(self, name: str, directory: Path, data: Path, save_every: int) -> None:
-        self.name = name
-        directory.mkdir()
-        self.said = directory / "output.txt"
-        mine, theirs = socket.socketpair()
-        command = [sys.executable, "contenders.py", name, theirs.fileno(), directory, data, save_every]
-        environ = {key: value for key, value in os.environ.items() if not key.startswith(JOB)} | PINNED
-        with theirs, open(self.said, "w") as said:
-            self.process = subprocess.Popen(
-                list(map(str, command)), cwd=HERE, env=environ, pass_fds=[theirs.fileno()], stdout=said, stderr=said
-            )
-        self.socket, self.file = mine, mine.makefile("rw")
-
-    def ready(self) -> tuple[float, float]:
-        """Wait for the end of its turn: seconds of wall clock and of CPU."""
-        line = self.file.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with exit code {self.process.wait()}:\n{self.said.read_text()}")
-        wall, cpu = map(float, line.split())
-        return wall, cpu
-
-    def turn(self, settle: int, steps: int) -> tuple[float, float]:
-        """Let it train: `settle` steps that are not timed, then `steps` that are."""
-        self.file.write(f"{settle} {steps}\n")
-        self.file.flush()
-        return self.ready()
-
-    def close(self) -> None:
-        """End it."""
-        self.file.close()
-        self.socket.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def launch(names: list[str], rounds: int, steps: int, directory: Path, data: Path) -> list[dict[str, Any]]:
@@ -103,7 +54,8 @@ def launch(names: list[str], rounds: int, steps: int, directory: Path, data: Pat
     directory.mkdir()
     contenders: list[Contender] = []
     try:
-        contenders += (Contender(name, directory / name, data, save_every) for name in names)
+        for name in names:
+            contenders.append(Contender(name, "contenders.py", directory / name, [data, save_every], [{}]))
         for contender in contenders:
             contender.ready()
         for contender in contenders:
@@ -155,6 +107,32 @@ def table(result: dict[str, Any]) -> str:
             f"{row['cpu_ratio']:>9.3f}{row['added_us']:>10.1f}{save:>9}"
         )
     return "\n".join(lines)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result, for the results page."""
+    rows = []
+    for name, row in result["contenders"].items():
+        ratio, spread = f"{row['ratio']:.3f}", tables.quartiles(row["ratio_quartiles"])
+        rows.append((name, ratio, spread, round(row["added_us"]), row["save_ms"], row["logs_and_saves"]))
+    header = ("contender", "ratio to the bare loop", "quartiles", "us added", "ms a save", "logs and saves")
+    return tables.markdown(header, rows)
+
+
+def targets(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the launcher is to reach, and whether it does."""
+    rows = result["contenders"]
+    mine = rows.get("launcher")
+    if mine is None:
+        return {}
+    found = {
+        f"at most {MOST} of the bare loop": tables.target(mine["ratio"], most=MOST),
+        f"at most {MOST_US} us added": tables.target(mine["added_us"], most=MOST_US),
+    }
+    for name, row in rows.items():
+        if row["logs_and_saves"] and name != "launcher":
+            found[f"ahead of {name}"] = tables.target(round(row["ratio"] / mine["ratio"], 3), least=1.0)
+    return found
 
 
 def compare(names: list[str], launches: int, rounds: int, steps: int) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from typing import Any
 import machine
 import numpy as np
 
+QUESTION = "What does each setting of a site do to a preempted job: ours, and its peers'?"
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SCRIPTS = HERE / "peers"

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from launcher.command import local_command, visible_gpus
 from launcher.errors import LauncherError, UsageError
 from launcher.parser import Parser, recipe_index
 from launcher.show import printable
@@ -105,6 +104,8 @@ def _run(argv: list[str]) -> int:
     where.add_argument("--gpus", type=int, metavar="N", help="GPUs, a process each; 0: one CPU process (default: all)")
     where.add_argument("--nproc", type=int, metavar="N", help="CPU processes, in place of GPUs")
     parser.add_argument("--dry-run", action="store_true", help="only print the command line that this stands for")
+    from launcher.command import local_command, visible_gpus
+
     end = recipe_index(argv, RUN_FLAGS, "launcher run")
     options = parser.parse_args(argv[:end])
     for name, least in (("gpus", 0), ("nproc", 1)):

@@ -35,9 +35,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The sum of the cross-entropies of `hidden @ weight.T` against targets, whose logits never exist whole.
 
-    Products are in the precision of autocast where it is on, else in `weight`'s and `hidden`'s; the statistics, the
-    loss and the sum of the weight's gradient over the chunks in fp32 (in fp64 of fp64). Gradients are once
-    differentiable. Under FSDP2 `weight` must be whole: call it within the forward of the module that owns it.
+    Products are in the precision of autocast where it is on, else in `weight`'s and `hidden`'s (those of gradients in
+    fp32 for fp16); the statistics, the loss and the sum of the weight's gradient over the chunks in fp32 (in fp64 of
+    fp64). Gradients are once differentiable. Under FSDP2 `weight` must be whole: call it within the forward of the
+    module that owns it.
 
     Args:
         hidden: the last hidden states, after the norm.
@@ -130,8 +131,11 @@ def _chunk(
     softmax = scores.sub_(torch.where(kept, normaliser, torch.inf)[:, None]).exp_()
     if z_loss:
         softmax *= (1 + 2 * z_loss * normaliser)[:, None]
-    by_logits = softmax.scatter_add_(1, classes, -kept.to(softmax.dtype)[:, None]).to(logits.dtype)
-    return loss, by_logits @ weight if wanted[0] else None, by_logits.T @ hidden if wanted[1] else None
+    # in fp16 they would vanish: the scale that keeps gradients from it comes with the backward pass
+    precision = softmax.dtype if logits.dtype == torch.float16 else logits.dtype
+    by_logits = softmax.scatter_add_(1, classes, -kept.to(softmax.dtype)[:, None]).to(precision)
+    by_hidden = by_logits @ weight.to(precision) if wanted[0] else None
+    return loss, by_hidden, by_logits.T @ hidden.to(precision) if wanted[1] else None
 
 
 @cache

@@ -146,6 +146,10 @@ def test_it_answers_without_importing_anything_heavy(tmp_path, argv: list[str]) 
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    imported = {module.partition(".")[0] for module in modules}
     assert "argparse" in imported, "the listing was read wrongly"
     assert not imported & {"torch", "numpy", "accelerate", "tyro", "datasets", "rich"}
+    assert not modules & {"launcher.parent", "launcher.verdict", "launcher.rundir"}, "only once something is started"
+    if argv == ["--help"]:
+        assert not modules & {"dataclasses", "inspect", "subprocess", "importlib.metadata"}

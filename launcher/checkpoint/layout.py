@@ -188,12 +188,11 @@ class Plan:
 
     def sources(self, name: str, box: Box) -> Iterator[tuple[int, Write, Box]]:
         """Who wrote what of `box` of a tensor: the rank, its write, and what of the box that has."""
-        spec, writers = self.specs[name], set(self._writers[name])
-        for rank in sorted(writers) if spec.mesh is None else _holders(spec, box):
-            if _replica(spec, rank) in writers:
-                for write in self._named(rank).get(name, ()):
-                    if overlap := write.box.overlap(box):
-                        yield rank, write, overlap
+        spec, writers = self.specs[name], sorted(set(self._writers[name]))
+        for rank in writers if spec.mesh is None else _holders(spec, box, writers):
+            for write in self._named(rank).get(name, ()):
+                if overlap := write.box.overlap(box):
+                    yield rank, write, overlap
 
     def _named(self, rank: int) -> dict[str, list[Write]]:
         if rank not in self._by_name:
@@ -260,11 +259,58 @@ def _share_out(specs: Mapping[str, TensorSpec], world_size: int) -> dict[str, tu
     return writers
 
 
+def _holders(spec: TensorSpec, box: Box, replicas: list[int]) -> list[int]:
+    """The ranks of a mesh that hold some of `box`, of these replicas."""
+    mesh, shards = spec.mesh or (), _shards(spec.placements)
+    ranks = []
+    for shard in _shards_with(spec, box):
+        for replica in replicas:
+            rank, stride, left = 0, 1, list(shard)
+            for size, sharded in zip(reversed(mesh), reversed(shards), strict=True):
+                if sharded:
+                    at = left.pop()
+                else:
+                    replica, at = divmod(replica, size)
+                rank, stride = rank + at * stride, stride * size
+            ranks.append(rank)
+    return sorted(ranks)
+
+
 @lru_cache(maxsize=4096)
-def _holders(spec: TensorSpec, box: Box) -> tuple[int, ...]:
-    """The ranks of a mesh that hold some of `box`; cached, since the layers of a model are alike."""
-    ranks = range(math.prod(spec.mesh or (1,)))
-    return tuple(rank for rank in ranks if any(held.overlap(box) for held in boxes(spec, rank)))
+def _shards_with(spec: TensorSpec, box: Box) -> tuple[tuple[int, ...], ...]:
+    """Where the shards that have some of `box` stand in the mesh, by its dimensions that shard.
+
+    Found by arithmetic, not among all ranks; and cached, since the layers of a model are alike.
+    """
+    found: list[tuple[tuple[int, ...], list[Runs]]] = [((), [[(0, size)] if size else [] for size in spec.shape])]
+    for size, shard in zip(spec.mesh or (), _shards(spec.placements), strict=True):
+        if shard is None:
+            continue
+        dimension, split_factor = shard
+        start, stop = box.offsets[dimension], box.offsets[dimension] + box.sizes[dimension]
+        narrower = []
+        for place, axes in found:
+            for at in _chunks_with(axes[dimension], start, stop, split_factor, size):
+                kept = _held(axes[dimension], split_factor, size, at)
+                narrower.append(((*place, at), [*axes[:dimension], kept, *axes[dimension + 1 :]]))
+        found = narrower
+    return tuple(place for place, _ in found)
+
+
+def _chunks_with(held: Runs, start: int, stop: int, split_factor: int, size: int) -> list[int]:
+    """Which of `size` chunks of the indices in `held` (of each of its splits) have some from `start` to `stop`."""
+    chunks: set[int] = set()
+    length = _count(held)
+    at = 0
+    for first, count in held:
+        low, high = at + max(start - first, 0), at + min(stop - first, count)
+        at += count
+        for split in range(split_factor):
+            begin, end = _chunk(length, split_factor, split)
+            if max(low, begin) < min(high, end):
+                most = -(-(end - begin) // size)
+                chunks.update(range((max(low, begin) - begin) // most, (min(high, end) - 1 - begin) // most + 1))
+    return sorted(chunks)
 
 
 @lru_cache(maxsize=4096)
@@ -318,13 +364,18 @@ def _axes(spec: TensorSpec, rank: int) -> list[Runs]:
         if shard is None:
             continue
         dimension, split_factor = shard
-        held, kept = axes[dimension], []
-        for split in range(split_factor):
-            start, stop = _chunk(_count(held), split_factor, split)
-            first, last = _chunk(stop - start, size, at)
-            kept += _cut(held, start + first, start + last)
-        axes[dimension] = _joined(kept)
+        axes[dimension] = _held(axes[dimension], split_factor, size, at)
     return axes
+
+
+def _held(held: Runs, split_factor: int, size: int, at: int) -> Runs:
+    """Chunk `at` of `size` of each split of the indices in `held`."""
+    kept: Runs = []
+    for split in range(split_factor):
+        start, stop = _chunk(_count(held), split_factor, split)
+        first, last = _chunk(stop - start, size, at)
+        kept += _cut(held, start + first, start + last)
+    return _joined(kept)
 
 
 def _chunk(size: int, chunks: int, index: int) -> tuple[int, int]:

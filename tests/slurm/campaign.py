@@ -27,6 +27,7 @@ from tests.harness import Ranks, status
 from tests.slurm.lab import Lab, why_not
 from tests.slurm.rounds import KINDS, Round, left_behind, straight
 
+QUESTION = "Does a job on a real SLURM go on, or end, as it should, whatever happens to it?"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SETTINGS = {
     "cgroup": {"track": "cgroup"},
@@ -57,7 +58,7 @@ def main() -> int:
     for setting in options.settings:
         wanted = {kind: options.rounds or rounds_of(setting, kind) for kind in options.kinds}
         campaign.play(setting, wanted)
-    print(table(results))
+    print(markdown(results))
     return int(campaign.failed)
 
 
@@ -153,7 +154,7 @@ class Campaign:
                 job.close()
 
 
-def table(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The results as Markdown: rounds that held of rounds played, and the most steps that a start trained again."""
     settings = list(dict.fromkeys(r["setting"] for r in results["rounds"]))
     lines = ["| what happens | " + " | ".join(settings) + " | steps trained twice, at most |"]
