@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,14 +69,14 @@ def wrap(
             _recompute(block, keep_dear=run.activation_checkpointing == "selective")
     if run.compile != "off" and run.compile_scope == "block":
         for block in _need(repeated, "--run.compile-scope block"):
-            block.compile(**_compile_options(run))
+            _compile(block, run)
     trains = any(parameter.requires_grad for parameter in model.parameters())
     if run.shard != "none":
         _shard(model, repeated, run, _mesh(run, world))
     # evaluation_mode: autocast and the device are Accelerate's, the wrapping is ours
     model = accelerator.prepare_model(model, device_placement=run.shard == "none", evaluation_mode=True)
     if run.compile != "off" and run.compile_scope == "model":
-        model.compile(**_compile_options(run))  # inside DDP, whose own forward would break the graph, and recompile
+        _compile(model, run)  # inside DDP, whose own forward would break the graph, and recompile
     if run.shard == "none" and world.world_size > 1 and trains:
         model = _replicate(model, world, unused=unused)
     return model
@@ -206,8 +207,16 @@ def _need(blocks: list[nn.Module], option: str) -> list[nn.Module]:
     return blocks
 
 
-def _compile_options(run: RunConfig) -> dict[str, Any]:
-    return {} if run.compile == "default" else {"mode": run.compile}
+def _compile(module: nn.Module, run: RunConfig) -> None:
+    """Compile in place.
+
+    Dynamo takes no frame of torch's own files for a beginning: without its `wrap_top_frame` an nn.Sequential, or an
+    nn.TransformerEncoderLayer, would go on eager without a word.
+    """
+    options = {} if run.compile == "default" else {"mode": run.compile}
+    torchs = getattr(module.forward, "__module__", "").startswith("torch.nn.")
+    with torch._dynamo.config.patch(wrap_top_frame=True) if torchs else nullcontext():
+        module.compile(**options)
 
 
 def _replicate(model: nn.Module, world: World, *, unused: bool) -> Replica:

@@ -170,12 +170,9 @@ def test_small_gradients_do_not_vanish_in_fp16():
     """A gradient scaler comes too late for what is computed in the forward pass."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(8, 16, generator=generator)
-    weight = torch.randn(60_000, 16, generator=generator) / 8
-    targets = torch.arange(8)
-    gradients = {}
-    for dtype in (torch.float32, torch.float16):
-        leaf = weight.to(dtype).float().requires_grad_()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            launcher.linear_cross_entropy(hidden.to(dtype).float(), leaf, targets, chunk=4).backward()
-        gradients[dtype] = leaf.grad[8:]
-    torch.testing.assert_close(gradients[torch.float16], gradients[torch.float32], rtol=2e-2, atol=1e-9)
+    weight = torch.randn(60_000, 16, generator=generator).requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        launcher.linear_cross_entropy(hidden, weight, torch.arange(8), chunk=4).backward()
+    exact, *_ = torch.autograd.grad(whole(hidden, weight, torch.arange(8)), weight)
+    assert (weight.grad - exact).norm() < 0.02 * exact.norm()
+    assert int((weight.grad == 0).all(1).sum()) == 0
