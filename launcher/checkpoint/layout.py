@@ -12,10 +12,11 @@ from __future__ import annotations
 import heapq
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import chain, product
 
 __all__ = ["ITEMSIZE", "PLAN", "Box", "Plan", "TensorSpec", "Write", "boxes", "local_shape", "parts", "plan"]
 
@@ -160,14 +161,15 @@ class Plan:
 
     The rule: what several ranks hold (replicas) is cut along dimension 0 into as many pieces as there are replicas,
     but of at least `PIECE` bytes; tensors taken by size, each piece goes to the replica with the fewest bytes so far.
-    That is decided once for all shards of a tensor, so a rank's list costs one pass over the tensors. Within a part
-    larger dtypes come first, then names in order: no element is misaligned, and a model's weights lie together.
+    That is decided once for all shards of a tensor, so a rank's list costs a pass over what its replica writes. Within
+    a part larger dtypes come first, then names in order: no element is misaligned, and a model's weights lie together.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], world_size: int) -> None:
         self.world_size = world_size
         self.specs = dict(sorted(specs.items(), key=lambda item: (-item[1].itemsize, item[0])))
         self._writers = _share_out(self.specs, world_size)
+        self._shares = _shares(self.specs, self._writers)
         self._writes: dict[int, list[Write]] = {}
         self._by_name: dict[int, dict[str, list[Write]]] = {}
 
@@ -206,7 +208,8 @@ class Plan:
         writes: list[Write] = []
         offset = 0
         alike: dict[object, list[Box]] = {}  # the layers of a model are
-        for name, spec in self.specs.items():
+        for _, name in sorted(chain.from_iterable(of.get(_replica(spec, rank), ()) for spec, of in self._shares)):
+            spec = self.specs[name]
             key = (spec, self._writers[name])
             if key not in alike:
                 alike[key] = list(self._written(name, spec, rank))
@@ -257,6 +260,22 @@ def _share_out(specs: Mapping[str, TensorSpec], world_size: int) -> dict[str, tu
             chosen.append(replica)
         writers[name] = tuple(chosen)
     return writers
+
+
+Share = dict[int, list[tuple[int, str]]]  # by replica: the tensors of which it writes some, and their places in a part
+
+
+def _shares(specs: Mapping[str, TensorSpec], writers: Mapping[str, tuple[int, ...]]) -> list[tuple[TensorSpec, Share]]:
+    """What each replica writes, for each way in which tensors lie on a mesh; with a spec of those that do so.
+
+    Of thousands of replicas each writes some of a few tensors: who wants to know the part of one need not ask all.
+    """
+    found: dict[object, tuple[TensorSpec, Share]] = {}
+    for place, (name, spec) in enumerate(specs.items()):
+        _, share = found.setdefault((spec.mesh, spec.placements), (spec, defaultdict(list)))
+        for replica in dict.fromkeys(writers[name]):
+            share[replica].append((place, name))
+    return list(found.values())
 
 
 def _holders(spec: TensorSpec, box: Box, replicas: list[int]) -> list[int]:
