@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from launcher.optim import Optimizer
 from launcher.schedules import set_lr, warmup_cosine, warmup_linear
@@ -30,3 +31,20 @@ def test_set_lr_scales_groups_and_fills_tensors():
     assert optimizer.param_groups[0]["lr"] is lr
     assert lr.item() == pytest.approx(0.2)
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0.1)
+
+
+def test_a_rate_that_is_a_tensor_never_compiles_an_optimizer_anew():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    parameter = torch.nn.Parameter(torch.ones(3))
+    inner = torch.optim.AdamW([parameter], lr=torch.tensor(0.0))
+    optimizer, step = Optimizer(inner, [], None), torch.compile(inner.step, backend=counter)
+    values = []
+    for k in range(4):
+        parameter.grad = torch.ones(3)
+        set_lr(optimizer, 0.1 * (k + 1))
+        step()
+        values.append(parameter[0].item())
+    assert counter.frame_count == 1
+    assert values[2] - values[3] > 1.5 * (values[0] - values[1]) > 0, "the rate counts all the same"
+    torch._dynamo.reset()
