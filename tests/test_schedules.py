@@ -33,6 +33,7 @@ def test_set_lr_scales_groups_and_fills_tensors():
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0.1)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of torch itself, compiling
 def test_a_rate_that_is_a_tensor_never_compiles_an_optimizer_anew():
     torch._dynamo.reset()
     counter = CompileCounter()
