@@ -5,6 +5,7 @@ Run by gpu.py as a process of its own, which prints JSON; on a CPU it tells only
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable
@@ -60,4 +61,5 @@ def measure() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(json.dumps(measure() if torch.cuda.is_available() else {"device": {"name": "CPU"}}))

@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from launcher.caches import Caches, open_caches
+from launcher.caches import Caches, check_choice, open_caches
 from launcher.config import RunConfig, check_resume, parse, resolve, to_dict
 from launcher.errors import LauncherError, RecipeError, UsageError
 from launcher.failure import Kind, kind_of, may_pass
@@ -118,6 +119,7 @@ class Attempt:
         config, options = parse(config_type, sys.argv[1:], prog=recipe.name, description=description)
         options = resolve(options, os.environ)
         _check_trackers(options)
+        check_choice(options.cache)
         self.signals = Signals(self.signalled, self.signalled_again)
         _set_up_torch(options)
         self.startup.enter("rendezvous")
@@ -131,7 +133,8 @@ class Attempt:
         self.rundir, self.number, token = self._open(options, settings, recipe)
         self._introduce()
         with self.startup.during("compile cache"):
-            self.caches = open_caches(options.cache, self.rundir.path.parent, recipe.stem, token, self._warn)
+            runs, is_main = self.rundir.path.parent, self.world.is_main
+            self.caches = open_caches(options.cache, runs, recipe.stem, token, self._warn, is_main=is_main)
         if self.caches is not None and options.compile != "off":
             with self.startup.during("compile"):  # it imports the compiler
                 self.caches.take_turns()
@@ -428,6 +431,7 @@ def _ends_with(error: Exception, run: Path | None, attempt: int) -> None:
             return
         if run is not None:
             print(f"launcher: {judged(run, attempt).text}", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise, wherever Python then is
         for child in multiprocessing.active_children():  # its frames hold data workers, and Python would wait for them
             if child.daemon:
                 child.kill()

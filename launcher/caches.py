@@ -12,6 +12,7 @@ collectives. Nothing here may end a run: what goes wrong is told in a line, and 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
@@ -30,33 +31,61 @@ from typing import Any
 import torch
 import xxhash
 
-from launcher.packs import LIMIT, SUFFIX, DamagedError, names, pack, unpack
+from launcher.errors import UsageError
+from launcher.packs import SUFFIX, DamagedError, ForeignError, names, pack, unpack
 from launcher.turns import take_turns
 
-__all__ = ["Caches", "environment", "open_caches"]
+__all__ = ["Caches", "check_choice", "environment", "open_caches"]
 
 BOUND = 5 << 30  # bytes of all packs beside the runs; the least recently used go first
+STAGED = 1 << 30  # bytes of the packs that a start copies to its node: a few of packs.LIMIT each
 PATIENCE = 120.0  # seconds to wait for the process that copies
 FINISH = 20.0  # seconds that keeping the last entries may hold up a process's end
-SETTLED = 2.0  # seconds after the first step, in which no rank of the node writes an entry any more
+SETTLED = 10.0  # seconds from the first step until what it has compiled is kept
+WRITTEN = 5.0  # seconds without a change after which an entry is whole, while another one may be being compiled
 STALE = 60.0  # seconds after which a node's directory that nobody uses has been left by a process that was killed
+ABANDONED = 3600.0  # seconds without a change after which half a pack has been left by one
 POLL = 0.02
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 Say = Callable[[str], None]
 
 
-def open_caches(choice: str, runs: Path, name: str, token: str, say: Say) -> Caches | None:
-    """Set up the caches of this start, before anything is compiled; None where there are none to keep.
+def check_choice(choice: str) -> None:
+    """Refuse a `--run.cache` that can be no directory; one that is only full, or read-only, is told of when used.
+
+    Raises:
+        UsageError: it is empty, no path, or leads through a file.
+    """
+    if choice in ("auto", "off"):
+        return
+    fix = "give auto, off or a directory"
+    if not choice.strip():
+        raise UsageError(f"--run.cache {choice!r}: no directory is named: {fix}")
+    try:
+        fault = _fault(Path(choice).expanduser().absolute())
+    except RuntimeError:
+        fault = f"{Path(choice).parts[0]} is nobody's home directory"
+    if fault:
+        raise UsageError(f"--run.cache {choice}: {fault}: {fix}")
+
+
+def open_caches(choice: str, runs: Path, name: str, token: str, say: Say, *, is_main: bool = True) -> Caches | None:
+    """Set up the caches of this start, before anything more is compiled; None where there are none to keep.
 
     Args:
-        choice: `auto`: below `runs`; `off`: torch's own default; or a directory.
+        choice: `auto`: below `runs`; `off`: torch's own default; or a directory (`check_choice` knows which).
         runs: the directory that holds the run's.
         name: what the recipe is called.
         token: what this start alone is called; the same on all its ranks.
         say: told in one line of what goes wrong.
+        is_main: whether this rank tells what holds for all of them.
     """
-    if choice == "off" or os.environ.get(VARIABLE):  # who names a place keeps it
+    if choice == "off":
+        return None
+    if named := _named():  # who names a place keeps it
+        if choice != "auto" and is_main:
+            say(f"compile cache: {VARIABLE} is set, and wins over --run.cache {choice}: compiled code is in {named}")
         return None
     store = (runs / ".cache" / "compile" if choice == "auto" else Path(choice).expanduser().absolute()) / _key(name)
     try:
@@ -74,6 +103,9 @@ class Caches:
         self._store, self._node, self._say = store, node, say
         self._path = node / "inductor"
         self._known: set[str] = set()
+        """The entries that the next start will find: staged here, or kept since by this process or another."""
+        self._old: set[Path] = set()
+        """The packs that were there before; of an entry in one that was not staged, the next start has nothing."""
         self._told = False
         self._thread: threading.Thread | None = None
         self._undo: Callable[[], None] | None = None
@@ -101,7 +133,8 @@ class Caches:
     def stepped(self, *, first_node: bool) -> None:
         """The first step is done: keep what it has compiled, on one node, beside the training.
 
-        The other nodes have the same, and keep at the end what is missing then.
+        Another graph may be being compiled by then (an evaluation's, for one): what is new is kept at the end. The
+        other nodes have the same, and keep at the end what is missing then.
         """
         if self.keeps and first_node and self._thread is None:
             self._thread = threading.Thread(target=self._keep_soon, name="launcher-caches", daemon=True)
@@ -121,14 +154,18 @@ class Caches:
         self._leave()
 
     def _stage(self) -> None:
-        """Copy the packs to the node, the newest first; those behind the bound are too many to be worth it."""
+        """Copy the packs to the node, the newest first; those beyond the bound are too many to be worth it.
+
+        What they hold is compiled and kept anew, and they grow old, until they are thrown away.
+        """
         try:
             self._path.mkdir(mode=0o700)
-            total, taken = 0, []
-            for path, size in reversed(_packs(self._store)):
+            packs, total, taken = _packs(self._store), 0, []
+            self._old = {path for path, _ in packs}
+            for path, size in reversed(packs):
+                if total + size > STAGED:
+                    continue
                 total += size
-                if total > LIMIT:
-                    break
                 if self._take(path):
                     taken.append(path)
             for path in reversed(taken):  # used: the last to be thrown away
@@ -137,6 +174,7 @@ class Caches:
         finally:
             (self._node / "ready").touch()
         _sweep(self._node.parent)
+        _sweep_partials(self._store.parent)
 
     def _take(self, path: Path) -> bool:
         """Copy one pack; whether it was whole."""
@@ -147,6 +185,8 @@ class Caches:
             self._tell(f"{path} is left out, {fault}: compiled anew")
             with suppress(OSError):
                 path.unlink()  # else what replaces it would have its name
+        except ForeignError as fault:
+            self._tell(f"{path} is passed over, {fault}: compiled anew")
         except OSError as error:
             if error.filename is not None and Path(error.filename).is_relative_to(self._node):
                 raise
@@ -161,21 +201,22 @@ class Caches:
 
     def _keep_soon(self) -> None:
         if not self._ended.wait(SETTLED):
-            self._keep()
+            self._keep(WRITTEN)
 
-    def _keep(self) -> None:
-        """Put the new entries into a pack beside the runs."""
+    def _keep(self, age: float = 0.0) -> None:
+        """Put the new entries, unchanged for `age` seconds, into packs beside the runs."""
         with self._keeping:
-            new = {name for name in _entries(self._path) if name not in self._known}
+            new = {name for name in _entries(self._path, age) if name not in self._known}
             if not new:
                 return
             try:
                 for path, _ in _packs(self._store):  # of other nodes, or other runs
-                    with suppress(DamagedError, OSError):
-                        self._known.update(names(path))
-                self._known.update(
-                    pack(self._path, new - self._known, self._store, key=self._store.name, about=environment())
-                )
+                    if path not in self._old:
+                        with suppress(DamagedError, ForeignError, OSError):
+                            self._known.update(names(path))
+                about = environment()
+                while kept := pack(self._path, new - self._known, self._store, key=self._store.name, about=about):
+                    self._known.update(kept)
                 _prune(self._store.parent)
             except OSError as error:
                 self._tell(f"{self._store}: {error.strerror}: nothing is kept for the next start")
@@ -250,13 +291,45 @@ def _room() -> Path:
     raise fault
 
 
-def _entries(path: Path) -> Iterator[str]:
-    """The files of a cache that are worth keeping, relative to it."""
+def _named() -> str | None:
+    """The directory that the user has named; a recipe that compiles as it is imported has torch name its own there."""
+    named = os.environ.get(VARIABLE)
+    default = getattr(sys.modules.get("torch._inductor.runtime.cache_dir_utils"), "default_cache_dir", None)
+    if not named or (default is not None and named == os.path.abspath(default())):
+        return None
+    return named
+
+
+def _fault(place: Path) -> str | None:
+    """Why `place` cannot be made a directory, whoever may write there."""
+    for path in (place, *place.parents):
+        try:
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                return f"{path} is no directory"
+        except FileNotFoundError:
+            if path.is_symlink():
+                return f"{path} is a link to nothing"
+        except NotADirectoryError:
+            pass
+        except ValueError:
+            return "no path has a NUL in it"
+        except OSError as error:
+            return error.strerror if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+        else:
+            return None
+    return None
+
+
+def _entries(path: Path, age: float = 0.0) -> Iterator[str]:
+    """The files of a cache that are worth keeping and were not changed for `age` seconds, relative to it."""
+    until = time.time() - age
     for folder, folders, files in os.walk(path):
         folders[:] = [name for name in folders if name != "locks" and not name.startswith((".", "tmp"))]
         for name in files:
             if not name.startswith(".") and not name.endswith((".lock", ".gch", ".tmp", ".turn")):
-                yield str(Path(folder, name).relative_to(path))
+                with suppress(OSError):
+                    if not age or os.stat(os.path.join(folder, name)).st_mtime <= until:
+                        yield str(Path(folder, name).relative_to(path))
 
 
 def _packs(store: Path) -> list[tuple[Path, int]]:
@@ -272,18 +345,27 @@ def _packs(store: Path) -> list[tuple[Path, int]]:
 
 
 def _prune(stores: Path) -> None:
-    """Throw away the packs that were not used for longest, beyond the bound, and what killed writers have left."""
-    packs = [(path.stat().st_mtime, path, path.stat().st_size) for path in stores.glob(f"*/*{SUFFIX}")]
+    """Throw away the packs that were not used for longest, beyond the bound."""
+    packs = []
+    for path in stores.glob(f"*/*{SUFFIX}"):
+        with suppress(OSError):  # another start throws away too
+            about = path.stat()
+            packs.append((about.st_mtime, path, about.st_size))
     total = sum(size for _, _, size in packs)
     for _, path, size in sorted(packs):
         if total <= BOUND:
             break
         total -= size
         path.unlink(missing_ok=True)
-    for path in stores.glob("*/.*.partial"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > 86_400:
-                path.unlink()
+
+
+def _sweep_partials(stores: Path) -> None:
+    """Remove the halves of packs whose writers were killed."""
+    with suppress(OSError):
+        for path in stores.glob(f"*/.*{SUFFIX}.*.partial"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
 
 
 def _sweep(room: Path) -> None:

@@ -295,9 +295,14 @@ def _one_by_one(data: Any, samples: Ints, seed: Callable[[int], None], collate: 
     return collate(batch)
 
 
-def _pick(tensor: torch.Tensor, samples: Ints, pins: bool) -> torch.Tensor:
-    """Rows of a tensor, copied once: if `pins`, into page-locked memory, from where they go to the device."""
+UNSELECTED = (torch.uint16, torch.uint32, torch.uint64)  # dtypes of which index_select takes no rows of one number
+
+
+def _pick(tensor: Any, samples: Ints, pins: bool) -> Any:
+    """Rows of a tensor (or an array), copied once: if `pins`, into page-locked memory, and from there to the device."""
     index = torch.from_numpy(samples)
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype in UNSELECTED:
+        return tensor[index]
     if not pins or tensor.device.type != "cpu" or tensor.requires_grad:
         return tensor.index_select(0, index)  # half the time of tensor[index]
     rows = torch.empty((len(index), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)

@@ -54,6 +54,7 @@ MISMATCH = re.compile(r"collective mismatch|op\.preamble\.length <= op\.nbytes",
 WORKER = re.compile(r"DataLoader worker \(pid.{0,200}?\) (is killed by signal|exited unexpectedly)", re.DOTALL)
 NOTE = re.compile(r"^\(launcher: (?P<what>.+) of loader '(?P<loader>.*)'\)$", re.MULTILINE)
 """The note that launcher/data.py adds to an exception in a data set; it survives the way out of a worker process."""
+FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)  # what a compiler says, for one
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 BROKEN = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN, errno.ENXIO, errno.ENODEV}
 
@@ -107,6 +108,8 @@ def _kind_of_one(error: BaseException) -> Kind | None:
         return "memory"
     if isinstance(error, RuntimeError) and MEMORY.search(text):
         return "memory"
+    if isinstance(error, RuntimeError) and FULL.search(text):
+        return "disk"
     if module.startswith("torch") and name.startswith("Dist"):
         return "peer"
     if isinstance(error, RuntimeError | ConnectionError) and PEER.search(text):

@@ -18,7 +18,10 @@ WARM = 2  # steps of a start after which nothing more is made that stays
 
 
 class Garbage:
-    """Collects at set steps, from the second step of a start on; before that, Python's own collector does."""
+    """Collects at set steps, from the second step of a start on; before that, Python's own collector does.
+
+    A recipe that has switched that off before its steps, or switches it on within them, keeps it so.
+    """
 
     def __init__(self, *, every: int, empty_cache_every: int) -> None:
         """Args:
@@ -27,17 +30,15 @@ class Garbage:
         """
         self._every, self._empty_cache_every = every, empty_cache_every
         self._steps = 0
-        self._holds = False
+        self._holds = self._froze = False
 
     def edge(self, step: int) -> None:
         """`step` steps of the run are complete."""
         self._steps += 1
-        if self._every and self._steps == WARM:
-            gc.collect()
-            gc.freeze()
-            if gc.isenabled():  # else it is the recipe's
-                gc.disable()
-                self._holds = True
+        if self._every and self._steps == WARM and gc.isenabled():
+            self._hold()
+        elif self._holds and gc.isenabled():
+            self.release()
         elif self._holds and step % self._every == 0:
             gc.collect()
         if self._empty_cache_every and step % self._empty_cache_every == 0 and torch.cuda.is_available():
@@ -46,7 +47,7 @@ class Garbage:
     @contextmanager
     def automatic(self) -> Iterator[None]:
         """In here, where no step ends (an evaluation, say), Python collects when it likes."""
-        if not self._holds:
+        if not self._holds or gc.isenabled():
             yield
             return
         gc.enable()
@@ -55,9 +56,18 @@ class Garbage:
         finally:
             gc.disable()
 
+    def _hold(self) -> None:
+        gc.collect()
+        if not gc.get_freeze_count():  # else the recipe has frozen what it likes, and may thaw it
+            gc.freeze()
+            self._froze = True
+        gc.disable()
+        self._holds = True
+
     def release(self) -> None:
         """Let go: as Python has it by itself."""
-        if self._holds:
-            self._holds = False
+        if self._froze:
             gc.unfreeze()
+        if self._holds:
             gc.enable()
+        self._holds = self._froze = False

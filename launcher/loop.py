@@ -326,7 +326,8 @@ class Loop:
                     self._plans[name] = replace(self._plans[name], left_out=plan.left_out)
             self.guard.forget()
             self._step = None
-            self._open(index)
+            with self.run.garbage.automatic():  # workers are forked here, and go on with it
+                self._open(index)
         self.metrics.rewind(index, bad, self.total(bad), self.run.restored_line)
         self.issue(index - 1)
         return index

@@ -240,7 +240,7 @@ def soundness(optimizers: Sequence[Optimizer], *, wait: bool) -> torch.Tensor | 
             sharded = sharded or one.sharded
     if wait and not sharded and not (gradients and gradients[0].is_cuda):
         return sum([abs(norm.item()) for norm in norms.values()] + [abs(_sum(gradient)) for gradient in gradients])
-    parts = [norm.float() for norm in norms.values()]
+    parts = [norm.double() for norm in norms.values()]
     if gradients:
         parts.append(_total(gradients, sharded=sharded))
     total = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
@@ -271,9 +271,9 @@ def check_state(state: Any) -> None:
 def _total(gradients: list[torch.Tensor], *, sharded: bool) -> torch.Tensor:
     """Finite on every rank if all gradients are; on a GPU their norm, which is fewer kernels than sums."""
     if gradients[0].is_cuda:
-        total = torch.nn.utils.get_total_norm([_values(gradient) for gradient in gradients]).float()
+        total = torch.nn.utils.get_total_norm([_values(gradient) for gradient in gradients]).double()
     else:
-        total = torch.tensor(sum([abs(_sum(gradient)) for gradient in gradients]))
+        total = torch.tensor(sum([abs(_sum(gradient)) for gradient in gradients]), dtype=torch.float64)
     if sharded:
         flag = (~torch.isfinite(total)).to(torch.float32)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)

@@ -41,7 +41,6 @@ class Optimizer:
         self._finished = False
         self.sharded = any(is_sharded(parameter) for parameter in self.parameters())
         """Whether each rank holds, and sees, a part of the gradients."""
-        self._zeroes_plainly = type(inner).zero_grad is torch.optim.Optimizer.zero_grad
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -69,12 +68,13 @@ class Optimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients."""
-        if set_to_none and self._zeroes_plainly:
+        zero_grad = self.inner.zero_grad  # torch's own costs more than it does; any other is somebody's
+        if set_to_none and getattr(zero_grad, "__func__", None) is torch.optim.Optimizer.zero_grad:
             for group in self.inner.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
         else:
-            self.inner.zero_grad(set_to_none=set_to_none)
+            zero_grad(set_to_none=set_to_none)
 
     def step(self) -> None:
         """Update the parameters, or skip the update where nothing was counted, fp16 overflowed or numbers are bad.

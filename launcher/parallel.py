@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,11 +161,16 @@ class _AllGather(torch.autograd.Function):
 
 def _recompute(block: nn.Module, *, keep_dear: bool) -> None:
     """Activation checkpointing in place, so that names stay clean; dropout repeats its mask in the recomputation."""
-    forward = block.forward
+    given = block.forward
+    forward = getattr(given, "__func__", None) or (lambda _, *args, **kwargs: given(*args, **kwargs))
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
     if keep_dear:
         how["context_fn"] = _keep_dear
-    block.forward = lambda *a, **k: checkpoint(forward, *a, **how, **k)
+
+    def recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(lambda *a, **k: forward(self, *a, **k), *args, **how, **kwargs)
+
+    block.forward = MethodType(recomputed, block)  # a method: a copy of the block computes with its own weights
 
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm")
@@ -175,8 +180,9 @@ ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention"
 def _keep_dear() -> tuple[Any, Any]:
     """What a recomputation finds kept: attention, and every second matrix product, as torchtitan keeps them.
 
-    Attention costs the most for each byte of what comes out of it. Products cost alike, so half of them is half the
-    way; to keep them all is what a compiler does unasked, as it recomputes all that is cheap.
+    Attention costs the most for each byte of what comes out of it; with dropout, it is recomputed too. Products cost
+    alike, so half of them is half the way; to keep them all is what a compiler does unasked, as it recomputes all that
+    is cheap.
     """
     aten = torch.ops.aten
     products = {getattr(aten, name).default for name in PRODUCTS if hasattr(aten, name)}
@@ -188,15 +194,21 @@ def _keep_dear() -> tuple[Any, Any]:
         if operator in products:
             seen[context.is_recompute] += 1
             kept = seen[context.is_recompute] % 2 == 1
-        else:
-            kept = operator in attention
+        else:  # what is kept is not run again: were it to draw, whatever draws after it would draw something else
+            kept = operator in attention and not _drops(operator, args, kwargs)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
 
 
+def _drops(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator of attention is called with dropout."""
+    names = [argument.name for argument in attention._schema.arguments] if hasattr(attention, "_schema") else []
+    return bool((dict(zip(names, args, strict=False)) | kwargs).get("dropout_p", 0.0))
+
+
 # without it torch keeps no compiled graph of a block; it is to change when what is kept does
-_keep_dear.cache_hash = f"attention and every second of {PRODUCTS}"  # type: ignore[attr-defined]
+_keep_dear.cache_hash = f"attention without dropout, and every second of {PRODUCTS}"  # type: ignore[attr-defined]
 
 
 def _need(blocks: list[nn.Module], option: str) -> list[nn.Module]:
@@ -213,10 +225,15 @@ def _compile(module: nn.Module, run: RunConfig) -> None:
     Dynamo takes no frame of torch's own files for a beginning: without its `wrap_top_frame` an nn.Sequential, or an
     nn.TransformerEncoderLayer, would go on eager without a word.
     """
-    options = {} if run.compile == "default" else {"mode": run.compile}
-    torchs = getattr(module.forward, "__module__", "").startswith("torch.nn.")
-    with torch._dynamo.config.patch(wrap_top_frame=True) if torchs else nullcontext():
+    options: dict[str, Any] = {} if run.compile == "default" else {"mode": run.compile}
+    if not getattr(module.forward, "__module__", "").startswith("torch.nn."):
         module.compile(**options)
+        return
+    with torch._dynamo.config.patch(wrap_top_frame=True):
+        if run.shard == "none":
+            module.compile(**options)
+        else:  # FSDP2's hooks, which cannot be compiled, stay outside, as they do of themselves in modules not torch's
+            module.forward = torch.compile(module.forward, **options)
 
 
 def _replicate(model: nn.Module, world: World, *, unused: bool) -> Replica:

@@ -22,14 +22,14 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from launcher.errors import UsageError
+from launcher.errors import RecipeError, UsageError
 
 __all__ = ["prepare"]
 
@@ -39,6 +39,8 @@ FORM = 1  # of the directory
 SAY_EVERY = 5.0  # seconds between two lines that say what goes on, and before the first
 POLL = 0.02, 1.0  # seconds between two looks at parts that others make: at first, at most
 RECORD = 128  # bytes of a claim: who holds it
+MANIFEST, CLAIMS, PARTIAL = "manifest.json", "claims", ".partial"
+OWN = (MANIFEST, CLAIMS, "", "..")  # what a part cannot be called
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
 
@@ -54,17 +56,22 @@ def prepare(cache: str | Path, settings: Mapping[str, Any], *stages: Mapping[str
             the parts of earlier stages beside it. A stage begins when the one before is whole; its own parts are made
             in order, at the same time by as many processes as call.
 
+    A part of another size than it was made is made anew; what else a disk does to it is not looked for. One thread of
+    a process may call this at a time: record locks do not keep threads apart.
+
     Raises:
+        RecipeError: a part's name is there twice, or is not one for a file.
         UsageError: a file cannot be read or written.
     """
+    names = [name for stage in stages for name in stage]
+    _check(names)
     try:
         facts = json.loads(json.dumps(settings, default=_facts))
         digest = xxhash.xxh3_64_hexdigest(json.dumps([FORM, facts], sort_keys=True).encode())
         directory = Path(cache).expanduser() / digest
-        names = [name for stage in stages for name in stage]
+        directory.mkdir(parents=True, exist_ok=True)
         work = _Work(directory, facts, names)
         if work.missing(names):
-            directory.mkdir(parents=True, exist_ok=True)
             with work:
                 for stage in stages:
                     work.finish(stage)
@@ -72,6 +79,15 @@ def prepare(cache: str | Path, settings: Mapping[str, Any], *stages: Mapping[str
         fault = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         raise UsageError(f"cannot prepare the data: {fault}") from None
     return directory
+
+
+def _check(names: Sequence[str]) -> None:
+    """Refuse names that two parts, or a part and what is kept beside it, would share."""
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"launcher.prepare: two parts are called {name!r}: each needs a name of its own")
+        if name in OWN or name.endswith(PARTIAL) or Path(name).name != name:
+            raise RecipeError(f"launcher.prepare: a part cannot be called {name!r}: give it another name for a file")
 
 
 def _facts(value: Any) -> Any:
@@ -101,7 +117,7 @@ class _Work:
         return [name for name in names if name not in parts or self._size(name) != parts[name]["size"]]
 
     def __enter__(self) -> None:
-        self._claims = os.open(self._directory / "claims", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._claims = os.open(self._directory / CLAIMS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def __exit__(self, *_: object) -> None:
         os.close(self._claims)  # and with it goes every lock
@@ -136,9 +152,7 @@ class _Work:
             path.unlink()
         if path.exists():  # whoever linked it was killed before it was recorded
             return
-        if self._locks:  # then what a process of this host has left here is a dead one's
-            for left in self._directory.glob(f"{glob.escape(f'{name}.{self._host}')}-*.partial"):
-                left.unlink(missing_ok=True)
+        self._sweep(name)
         partial = self._partial(name)
         try:
             make(partial)
@@ -156,17 +170,30 @@ class _Work:
         try:
             parts = self._parts() | {name: {"size": size, "xxh3": digest}}
             done = self._numbers.keys() <= parts.keys()
-            partial = self._partial("manifest.json")
             manifest = {"done": done, "settings": self._settings, "parts": dict(sorted(parts.items()))}
-            partial.write_text(json.dumps(manifest, indent=1) + "\n")
-            partial.replace(self._directory / "manifest.json")
+            self._sweep(MANIFEST)
+            partial = self._partial(MANIFEST)
+            try:
+                partial.write_text(json.dumps(manifest, indent=1) + "\n")
+                partial.replace(self._directory / MANIFEST)
+            finally:
+                partial.unlink(missing_ok=True)
         finally:
             self._unlock(0)
+
+    def _sweep(self, name: str) -> None:
+        """Remove what processes of this host have left of a file whose lock is now held here: they are dead.
+
+        Not this process's own: locks do not keep its threads apart.
+        """
+        for left in self._directory.glob(f"{glob.escape(f'{name}.{self._host}')}-*{PARTIAL}") if self._locks else ():
+            if not left.name.startswith(f"{name}.{self._host}-{os.getpid()}-"):
+                left.unlink(missing_ok=True)
 
     def _parts(self) -> dict[str, dict[str, Any]]:
         """What is recorded; nothing if the record is damaged: what is there is recorded anew."""
         try:
-            parts = json.loads((self._directory / "manifest.json").read_bytes())["parts"]
+            parts = json.loads((self._directory / MANIFEST).read_bytes())["parts"]
             return {name: {"size": int(part["size"]), "xxh3": str(part["xxh3"])} for name, part in parts.items()}
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
             return {}
@@ -178,7 +205,7 @@ class _Work:
             return -1
 
     def _partial(self, name: str) -> Path:
-        return self._directory / f"{name}.{self._host}-{os.getpid()}-{secrets.token_hex(2)}.partial"
+        return self._directory / f"{name}.{self._host}-{os.getpid()}-{secrets.token_hex(2)}{PARTIAL}"
 
     def _lock(self, number: int, *, wait: bool) -> bool:
         start = number * RECORD

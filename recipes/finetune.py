@@ -75,6 +75,20 @@ class Config:
     eval_every: int = 50  # steps
 
 
+def check(cfg: Config) -> None:
+    """Refuse numbers that no run can have."""
+    numbers = {
+        "model.freeze-layers": (cfg.model.freeze_layers, 0),
+        "data.max-length": (cfg.data.max_length, 2),  # a token, and one to learn
+        "lora.rank": (cfg.lora.rank, 0),
+    }
+    for option, (value, least) in numbers.items():
+        if value < least:
+            raise launcher.UsageError(f"--{option} {value}: give at least {least}")
+    if not 0 < cfg.data.held_out < 1:
+        raise launcher.UsageError(f"--data.held-out {cfg.data.held_out}: give more than 0 and less than 1")
+
+
 Batch = dict[str, Tensor]
 Ints = npt.NDArray[np.integer[Any]]
 
@@ -107,8 +121,9 @@ def load_samples(data: DataConfig) -> datasets.Dataset:
             table = table.rename_column("text", data.text) if data.text != "text" else table
         else:
             table = datasets.load_dataset("json", data_files=list(data.files), split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise launcher.UsageError(f"cannot load samples from {source}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        fault = str(error) or "no sample"  # of an empty .jsonl
+        raise launcher.UsageError(f"cannot load samples from {source}: {fault.splitlines()[0]}") from None
     names = {data.prompt: "prompt", data.completion: "completion"}
     if not set(names) <= set(table.column_names):
         names = {data.text: "completion"}
@@ -123,11 +138,11 @@ def load_samples(data: DataConfig) -> datasets.Dataset:
 def tokenise(samples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path) -> None:
     """Write samples, end to end, as an array [3, tokens]: the tokens, the next where it is learnt, and the places.
 
-    A sample is its prompt, its completion, which is learnt, and an end, cut at `max_length`. Places count from 0 in
-    each sample.
+    A sample is its prompt, its completion, which is learnt, and an end, cut at `max_length`; one of which nothing is
+    learnt is left out. Places count from 0 in each sample.
     """
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    written = []
+    written = [np.empty((3, 0), np.int32)]
     for some in samples.iter(batch_size=1024):
         prompts, completions = some.get("prompt", [""] * len(some["completion"])), some["completion"]
         if not all(isinstance(text, str) for text in (*prompts, *completions)):
@@ -139,14 +154,19 @@ def tokenise(samples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_
             ids = np.array([*begin, *prompt, *completion, tokenizer.eos_token_id][:max_length])
             targets = np.append(ids[1:], IGNORED)
             targets[: max(0, len(begin) + len(prompt) - 1)] = IGNORED
-            written.append(np.stack([ids, targets, np.arange(len(ids))]).astype(np.int32))
-    with open(path, "wb") as file:  # a path would be given another ending
-        np.save(file, np.concatenate(written, axis=1))
+            if (targets != IGNORED).any():
+                written.append(np.stack([ids, targets, np.arange(len(ids))]).astype(np.int32))
+    try:
+        with open(path, "wb") as file:  # a path would be given another ending
+            np.save(file, np.concatenate(written, axis=1))
+    except OSError as error:  # which does not say where
+        raise launcher.UsageError(
+            f"cannot write {path} ({error}): make room on the disk, or give another --data.cache"
+        ) from None
 
 
-def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Ints]:
+def prepare(samples: datasets.Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Ints]:
     """The parts of all samples' tokens, mapped into memory: made once a machine, by all processes together."""
-    samples = load_samples(data)
     if not len(samples):
         raise launcher.UsageError("the data holds no sample: give other --data.files, or --data.name")
     parts = {
@@ -158,7 +178,7 @@ def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Ints]:
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     settings = {"samples": samples._fingerprint, "tokenizer": [repr(type(tokenizer)), vocabulary, marks]}
-    directory = launcher.prepare(data.cache, {"version": 1, "max_length": data.max_length, **settings}, parts)
+    directory = launcher.prepare(data.cache, {"version": 2, "max_length": data.max_length, **settings}, parts)
     return [np.load(directory / name, mmap_mode="r") for name in parts]
 
 
@@ -213,17 +233,25 @@ class Rows(Dataset[Batch]):
         return dict(zip(("input_ids", "targets", "position_ids"), torch.from_numpy(read), strict=True))
 
 
-def load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows]:
-    """Rows to train on, and rows to evaluate on."""
-    parts = prepare(data, tokenizer)
+def load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows, int]:
+    """Rows to train on, rows to evaluate on, and of how many samples nothing is learnt: they are in neither."""
+    samples = load_samples(data)
+    parts = prepare(samples, data, tokenizer)
     starts = [np.flatnonzero(part[2] == 0) for part in parts]
-    stops = [np.append(start[1:], part.shape[1]) for start, part in zip(starts, parts, strict=True)]
+    stops = [np.append(start, part.shape[1])[1:] for start, part in zip(starts, parts, strict=True)]
     numbers = np.repeat(np.arange(len(parts)), [len(start) for start in starts])
     spans = np.stack([numbers, np.concatenate(starts), np.concatenate(stops)], axis=1)
     order = torch.randperm(len(spans), generator=torch.Generator().manual_seed(0)).numpy()  # the split never moves
     held_out = max(1, round(data.held_out * len(spans)))
-    train, test = (spans[some] for some in (order[held_out:], order[:held_out]))
-    return Rows(parts, train, data, tokenizer.pad_token_id), Rows(parts, test, data, tokenizer.pad_token_id)
+    if held_out >= len(spans):
+        raise launcher.UsageError(
+            f"the data has {len(spans)} samples of which something is learnt, too few to train on and to hold out: "
+            "give more --data.files, a smaller --data.held-out or a larger --data.max-length"
+        )
+    train, test = (
+        Rows(parts, spans[some], data, tokenizer.pad_token_id) for some in (order[held_out:], order[:held_out])
+    )
+    return train, test, len(samples) - len(spans)
 
 
 def as_read(batch: Any) -> Batch:
@@ -249,6 +277,11 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise launcher.UsageError(f"--model.path {path}: {str(error).splitlines()[0]}") from None
+    if tokenizer.eos_token_id is None:
+        raise launcher.UsageError(
+            f"--model.path {path}: the tokenizer has no token that ends a sample: name its eos_token in "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
@@ -269,16 +302,21 @@ def load_model(cfg: Config, vocab_size: int) -> nn.Module:
             )
         except (OSError, ValueError) as error:
             raise launcher.UsageError(f"--model.path {cfg.model.path}: {str(error).splitlines()[0]}") from None
-    if cfg.model.freeze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if cfg.model.freeze_layers > len(layers):
         raise launcher.UsageError(
             f"--model.freeze-layers {cfg.model.freeze_layers}: the model has {len(layers)} layers"
         )
+    adapted = add_lora(model, cfg.lora) if cfg.lora.rank else model
+    if cfg.model.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     for layer in layers[: cfg.model.freeze_layers]:
-        layer.requires_grad_(False)
-    return add_lora(model, cfg.lora) if cfg.lora.rank else model
+        layer.requires_grad_(False)  # nor its adapters
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise launcher.UsageError(
+            f"--model.freeze-layers {cfg.model.freeze_layers} leaves nothing to train: freeze fewer"
+        )
+    return adapted
 
 
 def add_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
@@ -301,8 +339,39 @@ def alike(logits: Callable[[], Tensor], wanted: Tensor) -> bool:
     """Whether a model can compute these logits, and to what rounding leaves."""
     try:
         return bool((logits() - wanted).abs().max() <= 1e-3 * wanted.abs().max())
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
+
+
+def apart(model: Any, row: dict[str, Any], start: int, alone: Tensor) -> bool:
+    """Whether a row's samples, of which the second begins at `start`, have the logits that each has alone.
+
+    A little that the second sees of the first would pass for rounding, but not in its derivative, which is exactly 0.
+    """
+    embedded: list[Tensor] = []
+    slopes: list[Tensor] = []
+
+    def cut(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[-1].clone()  # which a model may scale in place
+
+    def logits() -> Tensor:
+        found: Tensor = model(**row).logits
+        slopes.extend(torch.autograd.grad(found[:, start:].square().sum(), embedded))
+        return found.detach()
+
+    with torch.enable_grad(), model.get_input_embeddings().register_forward_hook(cut):
+        return alike(logits, alone) and all(bool((slope[:, :start] == 0).all()) for slope in slopes)
+
+
+def plain(model: Any, ids: Tensor, alone: Tensor) -> bool:
+    """Whether logits are hidden states times the head's weight: no bias, and neither cap nor scale behind the head."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    ramp = torch.linspace(-1000, 1000, alone.numel()).view_as(alone)  # small logits would not show a cap
+    with head.register_forward_hook(lambda *_: ramp):
+        passed = bool(model(input_ids=ids, use_cache=False).logits.float().equal(ramp))
+    bare = passed and getattr(head, "bias", None) is None
+    return bare and alike(lambda: decoder(ids).last_hidden_state @ head.weight.T, alone)
 
 
 def with_loss(model: Any, cfg: Config) -> nn.Module:
@@ -342,13 +411,11 @@ def with_loss(model: Any, cfg: Config) -> nn.Module:
             [forward(input_ids=part, use_cache=False).logits for part in ids.split((5, 11), dim=1)], dim=1
         )
         places = torch.cat([torch.arange(5), torch.arange(11)])[None]
-        if cfg.data.pack and not alike(lambda: forward(**inputs(ids, places)).logits, alone):
+        if cfg.data.pack and not apart(model, inputs(ids, places), 5, alone):
             raise launcher.UsageError(
                 f"{type(model).__name__} lets samples of a row see each other: add --data.no-pack"
             )
-        if cfg.model.chunked_loss and not alike(
-            lambda: decoder(ids[:, :5]).last_hidden_state @ head.weight.T, alone[:, :5]
-        ):
+        if cfg.model.chunked_loss and not plain(model, ids[:, :5], alone[:, :5]):
             raise launcher.UsageError(f"{type(model).__name__} does more for its logits: drop --model.chunked-loss")
     model.forward = loss_sum
     trained: nn.Module = model.train()  # from_pretrained gives it in evaluation mode
@@ -356,8 +423,14 @@ def with_loss(model: Any, cfg: Config) -> nn.Module:
 
 
 def train(run: launcher.Run, cfg: Config) -> None:
+    check(cfg)
     tokenizer = load_tokenizer(cfg.model.path)
-    train_set, test_set = load_rows(cfg.data, tokenizer)
+    train_set, test_set, left_out = load_rows(cfg.data, tokenizer)
+    if left_out:
+        run.print(
+            f"{left_out:,} samples are left out, of which nothing is learnt: empty, or cut at --data.max-length "
+            f"{cfg.data.max_length} before their completion"
+        )
     rows = run.loader(
         train_set,
         batch_size=cfg.batch_size,

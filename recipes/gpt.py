@@ -92,6 +92,40 @@ class Config:
     temperature: float = 0.8
 
 
+def check(cfg: Config) -> None:
+    """Refuse numbers that no run can have, and a shape that no model can have."""
+    model = cfg.model
+    numbers = {
+        "model.depth": (model.depth, 1),
+        "model.width": (model.width, 1),
+        "model.heads": (model.heads, 1),
+        "model.kv-heads": (model.kv_heads, 0),
+        "model.rope-base": (model.rope_base, 1),
+        "model.hidden": (model.hidden, 0),
+        "model.vocab-multiple": (model.vocab_multiple, 1),
+        "model.loss-chunk": (model.loss_chunk, 0),
+        "data.vocab-size": (cfg.data.vocab_size, 257),  # every byte, and the end of text
+        "data.seq-len": (cfg.data.seq_len, 1),
+        "eval-rows": (cfg.eval_rows, 1),
+        "temperature": (cfg.temperature, 0.01),  # with which the likeliest token follows, nearly always
+    }
+    for option, (value, least) in numbers.items():
+        if not value >= least:  # nan is not either
+            raise launcher.UsageError(f"--{option} {value}: give at least {least}")
+    if not 0 <= model.dropout < 1:
+        raise launcher.UsageError(f"--model.dropout {model.dropout}: give at least 0 and less than 1")
+    if model.width % (2 * model.heads):
+        raise launcher.UsageError(
+            f"--model.width {model.width} must be a multiple of twice --model.heads {model.heads}"
+        )
+    if model.kv_heads and model.heads % model.kv_heads:
+        raise launcher.UsageError(
+            f"--model.heads {model.heads} must be a multiple of --model.kv-heads {model.kv_heads}"
+        )
+    if model.attention == "flex" and model.dropout:
+        raise launcher.UsageError("--model.attention flex has no dropout of attention: drop --model.dropout")
+
+
 # ---- data: documents, joined by an end-of-text token, cut into rows of seq_len + 1 tokens ----
 
 STDLIB_BYTES = 4_000_000  # of the default text
@@ -163,16 +197,28 @@ def documents(part: list[Span], *, held_out: bool) -> Iterator[str]:
             raise launcher.UsageError(f"{file} is not UTF-8 ({error.reason}): convert it") from None
 
 
+def tokenizer_file(data: DataConfig) -> Path | None:
+    """The tokenizer.json that is given, or none where one is made."""
+    if data.tokenizer in ("byte", "bpe"):
+        return None
+    file = Path(data.tokenizer)
+    if not file.is_file():
+        raise launcher.UsageError(
+            f"--data.tokenizer {file}: not byte, bpe or the path of a tokenizer.json (no such file)"
+        )
+    return file
+
+
 def make_tokenizer(data: DataConfig, parts: list[list[Span]]) -> Tokenizer:
     """A byte-level BPE, which without merges has a token for every byte; or the one given."""
-    if data.tokenizer not in ("byte", "bpe"):
+    if file := tokenizer_file(data):
         try:
-            tokenizer = Tokenizer.from_file(data.tokenizer)
+            tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            message = f"--data.tokenizer {data.tokenizer}: not byte, bpe or the path of a tokenizer.json ({error})"
+            message = f"--data.tokenizer {file}: not byte, bpe or the path of a tokenizer.json ({error})"
             raise launcher.UsageError(message) from None
         if tokenizer.token_to_id(data.end_of_text) is None:
-            raise launcher.UsageError(f"--data.end-of-text {data.end_of_text}: no token of {data.tokenizer}")
+            raise launcher.UsageError(f"--data.end-of-text {data.end_of_text}: no token of {file}")
         return tokenizer
     tokenizer = Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -191,7 +237,8 @@ def make_tokenizer(data: DataConfig, parts: list[list[Span]]) -> Tokenizer:
 def pack(part: list[Span], data: DataConfig, held_out: bool, path: Path) -> None:
     """Write rows as an Arrow stream. A row begins with the last token of the one before: each is predicted once.
 
-    Attention sees across the end of a document within a row, as in GPT-2; a part's last incomplete row is dropped.
+    A row may hold several documents: whether attention sees across their ends is --model.attention's. A part's last
+    incomplete row is dropped.
     """
     tokenizer = Tokenizer.from_file(str(path.parent / "tokenizer.json"))
     end, width = tokenizer.token_to_id(data.end_of_text), data.seq_len + 1
@@ -214,8 +261,7 @@ def prepare(data: DataConfig) -> Path:
     """The directory with tokenizer.json and packed rows, made once, by all processes that come, a part at a time."""
     files = text_files(data)
     parts = cut(files)
-    given = Path(data.tokenizer)
-    tokenizer = given if given.suffix else [data.tokenizer, data.vocab_size]
+    tokenizer = tokenizer_file(data) or [data.tokenizer, data.vocab_size]
     options = {"end_of_text": data.end_of_text, "seq_len": data.seq_len, "part": PART}
     packed = {
         f"{split}-{number:05}.arrow": partial(pack, part, data, split == "held_out")
@@ -334,7 +380,6 @@ class GPT(nn.Module):
         self, cfg: ModelConfig, vocab_size: int, seq_len: int, *, end_of_text: int = 0, compiled: bool = False
     ) -> None:
         super().__init__()
-        check(cfg)
         self.cfg, self.end_of_text, self.compiled = cfg, end_of_text, compiled
         padded = -(-vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
         self.embedding = nn.Embedding(padded, cfg.width)
@@ -380,16 +425,6 @@ class GPT(nn.Module):
         return 6 * weights + 12 * len(self.blocks) * self.embedding.embedding_dim * seq_len
 
 
-def check(cfg: ModelConfig) -> None:
-    """Refuse a shape that no model can have."""
-    if cfg.width % (2 * cfg.heads):
-        raise launcher.UsageError(f"--model.width {cfg.width} must be a multiple of twice --model.heads {cfg.heads}")
-    if cfg.kv_heads and cfg.heads % cfg.kv_heads:
-        raise launcher.UsageError(f"--model.heads {cfg.heads} must be a multiple of --model.kv-heads {cfg.kv_heads}")
-    if cfg.attention == "flex" and cfg.dropout:
-        raise launcher.UsageError("--model.attention flex has no dropout of attention: drop --model.dropout")
-
-
 def use_fp8(blocks: nn.Module) -> None:
     """Let the linear layers compute in 8 bits, each tensor scaled by its largest value; weights stay in fp32."""
     try:
@@ -428,6 +463,7 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 
 
 def train(run: launcher.Run, cfg: Config) -> None:
+    check(cfg)
     directory = prepare(cfg.data)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     texts, others = load(directory, "train"), load(directory, "held_out")

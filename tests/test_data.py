@@ -77,6 +77,18 @@ def test_containers_of_tensors_give_the_same_rows():
     assert sorted(seen[:7]) == sorted(seen[7:14]) == X[:, 0].tolist(), "every epoch has every sample once"
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.bfloat16])
+def test_rows_of_any_dtype_and_of_arrays(dtype):
+    numbers = torch.arange(7).to(dtype)
+    [(plain, wide)] = read((numbers, numbers[:, None].expand(7, 2)), steps=1, shuffle=False, microbatch_size=4)
+    assert plain.dtype == dtype
+    assert plain.tolist() == numbers[:4].tolist() == wide[:, 0].tolist()
+    if dtype == torch.bfloat16:
+        return
+    [named] = read({"x": numbers.numpy()}, steps=1, shuffle=False, microbatch_size=4)
+    assert named["x"].tolist() == plain.tolist()
+
+
 def test_an_arrow_table_gives_stacked_tensors():
     table = datasets.Dataset.from_dict({"x": X.tolist(), "text": list("abcdefg")})
     for rows, expected in zip(read(table), read(X), strict=True):

@@ -88,6 +88,7 @@ def test_hardware(error):
         ("disk", OSError(errno.EDQUOT, "Disk quota exceeded")),
         ("disk", OSError(errno.EROFS, "Read-only file system")),
         ("disk", OSError("Caught OSError in DataLoader worker 0.\nOSError: [Errno 28] No space left on device")),
+        ("disk", RuntimeError("CppCompileError: C++ compile error\n/tmp/x.s: fatal error: No space left on device")),
         ("data", RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")),
         ("data", RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly")),
         ("data", noted(KeyError("label"))),

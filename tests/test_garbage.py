@@ -57,5 +57,30 @@ def test_a_recipe_that_has_switched_it_off_keeps_it_off():
         garbage.edge(step)
     with garbage.automatic():
         assert not gc.isenabled()
+    assert gc.get_freeze_count() == 0
     garbage.release()
     assert not gc.isenabled()
+
+
+def test_a_recipe_that_switches_it_on_within_a_step_has_it_back():
+    garbage = Garbage(every=100, empty_cache_every=0)
+    garbage.edge(1)
+    garbage.edge(2)
+    gc.enable()
+    with garbage.automatic():
+        assert gc.isenabled()
+    assert gc.isenabled()
+    garbage.edge(3)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_a_recipe_has_frozen_stays_frozen():
+    gc.freeze()
+    garbage = Garbage(every=1, empty_cache_every=0)
+    for step in range(5):
+        garbage.edge(step)
+    assert not gc.isenabled()
+    garbage.release()
+    assert gc.get_freeze_count() > 0
+    assert gc.isenabled()

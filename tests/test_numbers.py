@@ -1,12 +1,15 @@
 """Bad numbers in one process: what is told of them, and what a run is afterwards, bit for bit."""
 
+import gc
 import json
 import math
+import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 import launcher
 from launcher.examine import Examination
@@ -191,6 +194,27 @@ def test_rewind_again_and_again(run_recipe, tmp_path):
     assert_same(tensors(tmp_path / "c"), tensors(tmp_path / "b"))
     said = run_recipe(recipe(data(bad)), *REWIND, "--run.bad-numbers-limit", 1, "--run.dir", tmp_path / "d", code=1)
     assert "nor were the 1 before it" in said
+
+
+class Collected(Dataset):
+    """Writes down whether Python's collector runs where it is read."""
+
+    def __init__(self, rows, log):
+        self.rows, self.log = rows, log
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, sample):
+        with open(self.log, "a") as file:
+            file.write(f"{os.getpid()} {gc.isenabled()}\n")
+        return (self.rows[sample],)
+
+
+def test_workers_that_a_rewind_starts_collect_their_garbage(run_recipe, tmp_path):
+    run_recipe(recipe(Collected(*data(BAD), tmp_path / "log")), *REWIND, "--run.workers", 1)
+    found = {line.split()[0]: line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
+    assert list(found.values()) == ["True", "True"], "one worker before the rewind, one after it"
 
 
 def test_a_bad_step_right_behind_a_checkpoint(run_recipe, tmp_path):

@@ -76,9 +76,17 @@ def lines(path: Path, number: int) -> list[str]:
     raise AssertionError(f"{path} does not come to {number} lines")
 
 
+def hear_all_signals():
+    """Also where the tests themselves were started by `nohup`, or in the background of a shell."""
+    for name in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
+
+
 def test_signals_are_passed_on(tmp_path, script, environ):
     seen = tmp_path / "seen"
-    process = subprocess.Popen([*ONE, script(SIGNALS), seen], env=environ, start_new_session=True)
+    process = subprocess.Popen(
+        [*ONE, script(SIGNALS), seen], env=environ, start_new_session=True, preexec_fn=hear_all_signals
+    )
     _, group = lines(seen, 1)[0].split()
     assert int(group) == process.pid  # as if it had been started by hand
     for count, name in enumerate(("SIGUSR2", "SIGHUP", "SIGINT", "SIGTERM"), 2):

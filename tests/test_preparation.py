@@ -15,7 +15,7 @@ import xxhash
 
 import launcher
 from launcher import preparation
-from launcher.errors import UsageError
+from launcher.errors import RecipeError, UsageError
 from tests.harness import ROOT, clean_environment
 
 HEAD = """
@@ -267,6 +267,45 @@ def test_a_part_that_fails_leaves_nothing(tmp_path):
         launcher.prepare(tmp_path, {}, {"part": lambda _: 1 / 0})
     [directory] = tmp_path.iterdir()
     assert [path.name for path in directory.iterdir()] == ["claims"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "claims", "a.partial", "../a", "a/b", "", ".", ".."])
+def test_a_part_has_a_name_for_a_file_and_of_its_own(tmp_path, name):
+    with pytest.raises(RecipeError, match="a part cannot be called"):
+        launcher.prepare(tmp_path, {}, {name: lambda path: path.write_text("x")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_parts_do_not_share_a_name(tmp_path):
+    def make(path):
+        path.write_text("x")
+
+    with pytest.raises(RecipeError, match="two parts are called 'a'"):
+        launcher.prepare(tmp_path, {}, {"a": make}, {"a": make})
+
+
+def test_without_parts_there_is_a_directory(tmp_path):
+    assert launcher.prepare(tmp_path, {}).is_dir()
+
+
+def test_a_manifest_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def fail(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(preparation.Path, "write_text", fail)
+    with pytest.raises(UsageError, match="No space left"):
+        launcher.prepare(tmp_path, {}, {"a": lambda path: path.write_bytes(b"x")})
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_killed_writers_have_left_goes(tmp_path):
+    directory = launcher.prepare(tmp_path, {}, {"a": lambda path: path.write_bytes(b"x")})
+    for name in ("a", "manifest.json"):
+        (directory / f"{name}.{socket.gethostname()}-1-aaaa.partial").touch()
+    (directory / "a").unlink()
+    launcher.prepare(tmp_path, {}, {"a": lambda path: path.write_bytes(b"x")})
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_the_module_does_not_hide_the_function():

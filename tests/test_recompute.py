@@ -1,14 +1,19 @@
 """--run.activation-checkpointing: what each mode keeps, computes again, and leaves as it is."""
 
+import copy
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.autograd_cache import _collect_context_fn_hashes
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.parallel import _recompute
+from launcher.parallel import ATTENTION, _keep_dear, _recompute
 from recipes import gpt
 
 MODES = ("off", "full", "selective")
@@ -108,7 +113,41 @@ def test_a_compiled_block_recomputes_as_much_and_its_graph_has_no_break():
         torch.testing.assert_close(other[2], off[2])
 
 
-def test_a_graph_of_a_selective_block_may_be_kept_on_disk():
-    from launcher.parallel import _keep_dear
+def test_a_copy_of_a_block_computes_with_its_own_weights():
+    block = nn.Linear(3, 3)
+    _recompute(block, keep_dear=False)
+    other = copy.deepcopy(block)
+    nn.init.zeros_(other.weight)
+    nn.init.zeros_(other.bias)
+    assert other(torch.ones(3)).tolist() == [0, 0, 0]
+    assert block(torch.ones(3)).tolist() != [0, 0, 0]
 
-    assert "mm" in _keep_dear.cache_hash
+
+def test_a_forward_that_is_no_method_is_recomputed_too():
+    block = nn.Linear(3, 3)
+    block.forward = torch.sin
+    _recompute(block, keep_dear=False)
+    x = torch.ones(3, requires_grad=True)
+    block(x).sum().backward()
+    assert x.grad.equal(torch.ones(3).cos())
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_that_draws_is_not_kept(name):
+    """It would not be run again, and what draws after it would then draw something else."""
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    place = [argument.name for argument in operator._schema.arguments].index("dropout_p")
+    context, _ = _keep_dear()
+    for dropout, kept in ((0.0, True), (0.1, False)):
+        args = [None] * place + [dropout]
+        for said in (context.policy_fn(None, operator, *args), context.policy_fn(None, operator, dropout_p=dropout)):
+            assert (said == CheckpointPolicy.MUST_SAVE) == kept
+    assert context.policy_fn(None, operator) == CheckpointPolicy.MUST_SAVE
+
+
+def test_a_graph_of_a_selective_block_may_be_kept_on_disk():
+    graph = torch.fx.Graph()
+    graph.output(graph.placeholder("x"))
+    module = torch.fx.GraphModule({}, graph)
+    module.meta["_checkpoint_context_fn"] = _keep_dear
+    assert _collect_context_fn_hashes(module) == [_keep_dear.cache_hash]

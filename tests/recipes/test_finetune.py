@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given
@@ -68,8 +69,54 @@ def test_prompts_and_padding_are_not_learnt(tmp_path: Path) -> None:
 def test_long_samples_are_cut(tmp_path: Path) -> None:
     samples = [{"prompt": "abc", "completion": "x" * 50}, {"prompt": "y" * 50, "completion": "z"}]
     batch = every(rows_of(samples, tmp_path, max_length=10))
-    assert batch["input_ids"].shape == (2, 10)
-    assert finetune.learnt(batch) == 7  # and none of the sample whose prompt alone is too long
+    assert batch["input_ids"].shape == (1, 10)  # none of the sample whose prompt alone is too long
+    assert finetune.learnt(batch) == 7
+
+
+def write(path: Path, samples: list[Sample]) -> str:
+    path.write_text("\n".join(map(json.dumps, samples)))
+    return str(path)
+
+
+def test_samples_of_which_nothing_is_learnt_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_recipe: Any
+) -> None:
+    long, empty = {"prompt": "p" * 50, "completion": "c"}, {"prompt": "", "completion": ""}
+    samples = [{"prompt": f"q{k}", "completion": f"a{k}"} for k in range(40)]
+    file = write(tmp_path / "a.jsonl", [*samples[:20], *[long] * 16, *[empty] * 8, *samples[20:]])
+    monkeypatch.setattr(finetune, "PART", 8)
+    data = DataConfig(files=(file,), cache=str(tmp_path / "tokens"), max_length=32, pack=False)
+    train, test, left_out = finetune.load_rows(data, TOKENIZER)
+    assert (len(train), len(test), left_out) == (38, 2, 24)
+    assert any(part.shape == (3, 0) for part in train.parts)  # a part with no sample
+    read = sorted(tuple(ids[: ids.index(EOS)]) for rows in (train, test) for ids in every(rows)["input_ids"].tolist())
+    assert read == sorted(tuple(TOKENIZER.encode(f"q{k}a{k}", add_special_tokens=False)) for k in range(40))
+    options = ("--data.files", file, "--data.max-length", "32", "--data.cache", tmp_path / "tokens")
+    said = run_recipe(finetune.train, "--steps", "1", "--run.dir", tmp_path / "run", *options)
+    assert "24 samples are left out, of which nothing is learnt" in said
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "number"),
+    [
+        ([{"prompt": "p" * 300, "completion": "c"}] * 20, {}, 0),
+        ([{"text": ""}] * 20, {}, 0),
+        ([{"text": "a"}], {}, 1),
+        ([{"text": "a"}] * 10, {"held_out": 0.99}, 10),
+    ],
+)
+def test_too_little_to_learn_is_one_line(
+    tmp_path: Path, samples: list[Sample], options: dict[str, float], number: int
+) -> None:
+    data = DataConfig(files=(write(tmp_path / "a.jsonl", samples),), cache=str(tmp_path / "tokens"), **options)  # type: ignore[arg-type]
+    with pytest.raises(launcher.UsageError, match=f"the data has {number} samples of which something is learnt, too"):
+        finetune.load_rows(data, TOKENIZER)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    samples = datasets.Dataset.from_list([{"completion": "a" * 5000}] * 10)
+    with pytest.raises(launcher.UsageError, match=r"cannot write /dev/full \(.*\): make room on the disk"):
+        finetune.tokenise(samples, TOKENIZER, 4096, Path("/dev/full"))
 
 
 @given(st.integers(1, 100).flatmap(lambda width: st.tuples(st.just(width), st.lists(st.integers(1, width)))))
@@ -167,14 +214,44 @@ def granite() -> transformers.PreTrainedModel:
     return transformers.GraniteForCausalLM(transformers.GraniteConfig(**SIZES, **heads, logits_scaling=8.0))
 
 
+def lfm2() -> transformers.PreTrainedModel:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Lfm2Config(**SIZES, **heads, layer_types=["conv", "full_attention"])
+    return transformers.Lfm2ForCausalLM(config)
+
+
+def gemma2() -> transformers.PreTrainedModel:
+    """Its logits are capped at 30, which small ones hardly show."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, **heads))
+
+
+def phi() -> transformers.PreTrainedModel:
+    """Its head has a bias, which is 0 at first."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES, **heads))
+
+
+def llama4() -> transformers.PreTrainedModel:
+    """Its decoder is not the one of the library's other models."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    experts = {"intermediate_size_mlp": 64, "num_local_experts": 2}
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**SIZES, **heads, **experts, pad_token_id=0))
+
+
 @pytest.mark.parametrize(
     ("make", "chunked", "message"),
     [
         (bloom, False, "BloomForCausalLM lets samples of a row see each other: add --data.no-pack"),
+        (lfm2, False, "Lfm2ForCausalLM lets samples of a row see each other: add --data.no-pack"),
         (granite, True, "GraniteForCausalLM does more for its logits: drop --model.chunked-loss"),
+        (gemma2, True, "Gemma2ForCausalLM does more for its logits: drop --model.chunked-loss"),
+        (phi, True, "PhiForCausalLM does more for its logits: drop --model.chunked-loss"),
+        (llama4, True, "Llama4ForCausalLM does more for its logits: drop --model.chunked-loss"),
     ],
 )
 def test_what_would_change_the_losses_is_refused(make: Any, chunked: bool, message: str) -> None:
+    torch.manual_seed(0)
     model = make()
     with pytest.raises(launcher.UsageError, match=message):
         finetune.with_loss(model, Config(model=ModelConfig(chunked_loss=chunked)))
@@ -186,12 +263,12 @@ def test_tokens_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(finetune, "PART", 16)
     data = DataConfig(files=(str(tmp_path / "a.jsonl"),), cache=str(tmp_path / "tokens"), max_length=16)
-    train, test = finetune.load_rows(data, TOKENIZER)
+    train, test, _ = finetune.load_rows(data, TOKENIZER)
     assert [part.shape[0] for part in train.parts] == [3, 3, 3]
     assert (sum(map(len, train.rows)), sum(map(len, test.rows))) == (38, 2)
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "tokenise", lambda *_: pytest.fail("tokenised again"))
-        again, _ = finetune.load_rows(data, TOKENIZER)
+        again, *_ = finetune.load_rows(data, TOKENIZER)
         finetune.load_rows(replace(data, pack=False), TOKENIZER)
     assert all(a.equal(b) for a, b in zip(every(train).values(), every(again).values(), strict=True))
     (tmp_path / "a.jsonl").write_text("\n".join(lines[:20]))
@@ -234,10 +311,36 @@ def test_freezing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_lora_trains_the_adapters_alone() -> None:
-    names = trained(Config(lora=LoraConfig(rank=2)))
-    assert len(names) == 2 * 4 * 7  # two matrices for each of a block's seven
+@pytest.mark.parametrize("frozen", [0, 3])
+def test_lora_trains_the_adapters_alone_and_none_of_frozen_layers(frozen: int) -> None:
+    names = trained(Config(model=ModelConfig(freeze_layers=frozen), lora=LoraConfig(rank=2)))
+    assert len(names) == 2 * (4 - frozen) * 7  # two matrices for each of a block's seven
     assert all("lora_" in name for name in names)
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == set(range(frozen, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_something_must_be_left_to_train() -> None:
+    with pytest.raises(launcher.UsageError, match=r"--model\.freeze-layers 4 leaves nothing to train: freeze fewer"):
+        trained(Config(model=ModelConfig(freeze_layers=4), lora=LoraConfig(rank=2)))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (Config(model=ModelConfig(freeze_layers=-1)), "--model.freeze-layers -1: give at least 0"),
+        (Config(data=DataConfig(max_length=0)), "--data.max-length 0: give at least 2"),
+        (Config(data=DataConfig(max_length=1)), "--data.max-length 1: give at least 2"),
+        (Config(data=DataConfig(max_length=-3)), "--data.max-length -3: give at least 2"),
+        (Config(data=DataConfig(held_out=0.0)), "--data.held-out 0.0: give more than 0 and less than 1"),
+        (Config(data=DataConfig(held_out=1.0)), "--data.held-out 1.0: give more than 0 and less than 1"),
+        (Config(lora=LoraConfig(rank=-1)), "--lora.rank -1: give at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_all_else(cfg: Config, message: str) -> None:
+    with pytest.raises(launcher.UsageError) as raised:
+        finetune.train(None, cfg)  # type: ignore[arg-type]
+    assert str(raised.value) == message
 
 
 def test_weights_of_a_local_directory(tmp_path: Path) -> None:
@@ -261,6 +364,7 @@ def test_weights_of_a_local_directory(tmp_path: Path) -> None:
         (DataConfig(files=("missing.txt",)), "cannot load samples from missing.txt: "),
         (DataConfig(files=("other.jsonl",)), "other.jsonl has the columns a, b: give --data.text"),
         (DataConfig(files=("broken.jsonl",)), "cannot load samples from broken.jsonl: "),
+        (DataConfig(files=("empty.jsonl",)), "cannot load samples from empty.jsonl: no sample"),
     ],
 )
 def test_wrong_data_is_one_line(
@@ -269,6 +373,7 @@ def test_wrong_data_is_one_line(
     monkeypatch.chdir(tmp_path)
     Path("other.jsonl").write_text('{"a": "1", "b": "2"}\n')
     Path("broken.jsonl").write_text("no json\n")
+    Path("empty.jsonl").touch()
     with pytest.raises(launcher.UsageError, match=message) as raised:
         finetune.load_samples(data)
     assert "\n" not in str(raised.value)
@@ -282,3 +387,12 @@ def test_a_wrong_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(launcher.UsageError, match=f"--model.path {path}: ") as raised:
         finetune.load_model(cfg, len(finetune.load_tokenizer(path)))
     assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_needs_an_end(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "fox": 1}, unk_token="[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        launcher.UsageError, match="the tokenizer has no token that ends a sample: name its eos_token in"
+    ):
+        finetune.load_tokenizer(str(tmp_path / "model"))

@@ -124,12 +124,24 @@ def test_a_tokenizer_file_is_used_as_it_is(data: gpt.DataConfig) -> None:
     assert Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size() == 290
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer"])
+def test_rows_are_packed_anew_when_a_tokenizer_file_changes(data: gpt.DataConfig, tmp_path: Path, name: str) -> None:
+    given, sizes = tmp_path / name, []
+    for size in (290, 280):
+        made = gpt.prepare(replace(data, tokenizer="bpe", vocab_size=size)) / "tokenizer.json"
+        given.write_bytes(made.read_bytes())
+        directory = gpt.prepare(replace(data, tokenizer=str(given)))
+        sizes.append(Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size())
+    assert sizes == [290, 280]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"files": ("missing.txt",)}, "--data.files missing.txt: no such file"),
         ({"files": (".",)}, r"--data.files \.: no such file"),
-        ({"tokenizer": "missing.json"}, "cannot prepare the data: missing.json: No such file"),
+        ({"tokenizer": "missing.json"}, "--data.tokenizer missing.json: not byte, bpe or the path"),
+        ({"tokenizer": "."}, r"--data.tokenizer \.: not byte, bpe or the path"),
         ({"cache": "latin.txt"}, "cannot prepare the data: latin.txt/.*: Not a directory"),
         ({"tokenizer": "words"}, "--data.tokenizer words: not byte, bpe or the path"),
         ({"seq_len": 100_000}, "too little text for train rows"),
@@ -214,19 +226,39 @@ def test_compiles_whole_and_once(changes: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": 3}, "--model.width 64 must be a multiple of twice --model.heads 3"),
+        ({"heads": 3}, "--model.width 128 must be a multiple of twice --model.heads 3"),
         ({"kv_heads": 3}, "--model.heads 4 must be a multiple of --model.kv-heads 3"),
         ({"attention": "flex", "dropout": 0.1}, "--model.attention flex has no dropout of attention"),
-        ({"fp8": True}, "--model.fp8 needs "),
+        ({"depth": 0}, "--model.depth 0: give at least 1"),
+        ({"width": 0}, "--model.width 0: give at least 1"),
+        ({"heads": 0}, "--model.heads 0: give at least 1"),
+        ({"kv_heads": -2}, "--model.kv-heads -2: give at least 0"),
+        ({"rope_base": 0.0}, "--model.rope-base 0.0: give at least 1"),
+        ({"rope_base": float("nan")}, "--model.rope-base nan: give at least 1"),
+        ({"hidden": -5}, "--model.hidden -5: give at least 0"),
+        ({"vocab_multiple": 0}, "--model.vocab-multiple 0: give at least 1"),
+        ({"loss_chunk": -1}, "--model.loss-chunk -1: give at least 0"),
+        ({"dropout": 1.5}, "--model.dropout 1.5: give at least 0 and less than 1"),
+        ({"data": gpt.DataConfig(vocab_size=10)}, "--data.vocab-size 10: give at least 257"),
+        ({"data": gpt.DataConfig(seq_len=0)}, "--data.seq-len 0: give at least 1"),
+        ({"data": gpt.DataConfig(seq_len=-4)}, "--data.seq-len -4: give at least 1"),
+        ({"eval_rows": 0}, "--eval-rows 0: give at least 1"),
+        ({"temperature": 0.0}, "--temperature 0.0: give at least 0.01"),
     ],
 )
-def test_a_shape_that_cannot_be_is_one_line(
-    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_numbers_that_cannot_be_are_refused_before_all_else(changes: dict[str, object], message: str) -> None:
+    whole = {name: changes[name] for name in changes.keys() & {"data", "eval_rows", "temperature"}}
+    model = gpt.ModelConfig(**{name: changes[name] for name in changes.keys() - whole})  # type: ignore[arg-type]
     with pytest.raises(launcher.UsageError) as raised:
-        small(**changes)
+        gpt.train(None, gpt.Config(model=model, **whole))  # type: ignore[arg-type]
     assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+
+def test_products_in_8_bits_need_a_gpu_and_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(launcher.UsageError, match=r"--model\.fp8 needs ") as raised:
+        small(fp8=True)
     assert "\n" not in str(raised.value)
 
 

@@ -329,7 +329,7 @@ def test_options_that_every_start_would_refuse(tmp_path):
 def test_preempted_by_a_signal(tmp_path):
     job = Job(tmp_path)
     number = job.attempt(status="preempted", checkpoint="step-00000005")
-    job.scene.record_step(number, 5)
+    job.scene.record_step(number, 5, {})
     job.scene.record_exit(number, rank=0, status="preempted", step=5)
     ended = job.play()
     assert ended.verdict.startswith("preempted: ")
@@ -368,7 +368,7 @@ def test_cancelled_by_its_marker(tmp_path):
 def test_who_has_ended_it(tmp_path, state, preempted, verdict, asks):
     job = Job(tmp_path)
     number = job.attempt(status="preempted")
-    job.scene.record_step(number, 5)
+    job.scene.record_step(number, 5, {})
     job.scene.record_exit(number, rank=0, status="preempted", step=5)
     job.fakes.say(job=f"JobId=55 JobName=x {state} BatchFlag=1", preempted=preempted)
     ended = job.play()
@@ -439,7 +439,7 @@ def test_what_gets_nowhere_is_requeued_three_times(tmp_path):
             if name == "preempted":
                 job.scene.record_exit(number, rank=0, status="preempted", step=None)
             if stepped:
-                job.scene.record_step(number, 5)  # no checkpoint: the step is trained again
+                job.scene.record_step(number, 5, {})  # no checkpoint: the step is trained again
             ended = job.play()
             assert ended.verdict.startswith(f"{expected}: "), ended.output
         assert ended.code == 1
@@ -615,7 +615,7 @@ def test_ranks_that_do_not_stop_before_the_limit(tmp_path):
 def test_a_directory_that_is_called_like_a_state(tmp_path):
     job = Job(tmp_path)
     number = job.attempt(status="preempted")
-    job.scene.record_step(number, 5)
+    job.scene.record_step(number, 5, {})
     job.scene.record_exit(number, rank=0, status="preempted", step=5)
     job.fakes.say(job="JobId=55 JobState=RUNNING Reason=None Restarts=0 WorkDir=/a JobState=CANCELLED b")
     assert job.play().verdict.startswith("preempted: ")
