@@ -228,5 +228,6 @@ def test_a_sample_that_cannot_be_read_in_one_process(tmp_path):
     assert died.verdict.startswith("the run failed at step 2: ValueError: the row is broken (")
     assert place("""                raise ValueError("the row is broken")""") in died.verdict
     assert " A data error (sample 19 of loader 'loader')" in died.verdict
+    assert "is killed by signal" not in died.err  # torch's word for a worker that goes with the process
     again = Drill(tmp_path / "run", "sample", nproc=1).ends()
     assert again.verdict.endswith(" The start before it ended alike, at the same step.")
