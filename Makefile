@@ -27,8 +27,10 @@ check: venv
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# of one file after the other, as they share what they start
+JOBS ?= 2
 test: check
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not slurm"
 
 # on a SLURM cluster of its own, which it starts on this machine: needs root and Linux namespaces
 slurm-test: venv

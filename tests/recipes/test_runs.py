@@ -72,6 +72,19 @@ def test_finetune_by_default(tmp_path: Path) -> None:
     assert lines[5]["val_loss"] < lines[0]["val_loss"]
 
 
+@pytest.mark.slow
+def test_finetune_compiles_its_packed_rows_once(tmp_path: Path) -> None:
+    options = ["--steps", "5", "--data.held-out", "0.01", "--eval-every", "0", "--run.threads", "1"]
+    start(sys.executable, RECIPES / "finetune.py", *options, "--run.log-every", "1", "--run.dir", "eager", cwd=tmp_path)
+    compiled = [*options, "--run.log-every", "1", "--run.compile", "default", "--run.dir", "compiled"]
+    ranks = Ranks(1, RECIPES / "finetune.py", *compiled, cwd=tmp_path, env={"TORCH_LOGS": "recompiles,graph_breaks"})
+    said = ranks.ok()
+    ranks.close()
+    assert "Recompiling" not in said.partition("held-out")[0], said  # an evaluation has no gradients: its own graph
+    assert "Graph break" not in said, said
+    assert_close(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), 1e-4)
+
+
 def test_finetune_with_lora_saves_the_adapters_alone(tmp_path: Path) -> None:
     rows = [f'{{"prompt": "{k} + {k} =", "completion": " {2 * k}"}}' for k in range(200)]
     (tmp_path / "sums.jsonl").write_text("\n".join(rows))
