@@ -27,7 +27,7 @@ check: venv
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# of one file after the other, as they share what they start
+# processes to test in; the tests of a file stay together, as they share what they start
 JOBS ?= 2
 test: check
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not slurm"
