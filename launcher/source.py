@@ -44,7 +44,7 @@ def strip_credentials(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s@]+(?:@[^/\s@]+)*@", "", text)
 
 
-def git(directory: Path, *arguments: str, limit: int = -1, timeout: float = TIMEOUT) -> bytes | None:
+def git(directory: Path, *arguments: str, limit: int = -1, timeout: float | None = None) -> bytes | None:
     """What git prints, at most `limit` bytes; None where there is no git, no repository, no commit, or no answer."""
     command = ["git", "-C", str(directory), *arguments]
     others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # of the hook that this may run in
@@ -56,7 +56,7 @@ def git(directory: Path, *arguments: str, limit: int = -1, timeout: float = TIME
         )
     except OSError:
         return None
-    too_slow = threading.Timer(timeout, process.kill)
+    too_slow = threading.Timer(TIMEOUT if timeout is None else timeout, process.kill)
     too_slow.start()
     with process:
         assert process.stdout is not None

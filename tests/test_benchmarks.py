@@ -138,6 +138,7 @@ def test_a_gpu_with_little_memory_leaves_out_the_last(module):
     assert left_out.keys() == {"hf", "lightning"}
 
 
+@pytest.mark.slow
 def test_checkpoint_compares_with_the_raw_disk_and_a_peer(tmp_path):
     out = tmp_path / "result.json"
     names = ["launcher", "dcp async"]
@@ -173,6 +174,7 @@ def test_a_contender_of_checkpoints_that_fails_is_told_with_what_it_said(tmp_pat
     assert "KeyError: 'nobody'" in said
 
 
+@pytest.mark.slow
 def test_ddp_trains_alike_on_two_ranks(tmp_path):
     out = tmp_path / "result.json"
     sizes = ["--launches", 1, "--rounds", 1, "--steps", 2]

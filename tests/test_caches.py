@@ -555,6 +555,7 @@ def test_a_turn_is_waited_for_only_so_long_and_given_back_after_an_error(tmp_pat
     assert holder._held is None
 
 
+@pytest.mark.slow
 def test_what_compiles_at_import_hides_no_place(start, tmp_path):
     recipe, store = tmp_path / "recipe.py", tmp_path / "store"
     recipe.write_text(RECIPE.replace("class Net", "torch.compile(lambda t: t.sin() + 1)(torch.ones(3))\n\nclass Net"))

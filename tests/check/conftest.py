@@ -16,12 +16,13 @@ from tests.check.shipped import SHIPPED
 from tests.harness import ROOT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checks(tmp_path_factory, request):
-    """The rows of every check that a test of this session asks for, by its key: futures, begun in their order."""
+    """The rows of every check that a test of this file asks for, by its key: futures, begun in their order."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([*ALWAYS, *OFTEN, "sklearn.datasets"])
     ensure_running()
-    keys = [item.callspec.params["key"] for item in request.session.items if "checks" in item.fixturenames]
+    mine = [item for item in request.session.items if item.path == request.path and "checks" in item.fixturenames]
+    keys = [item.callspec.params["key"] for item in mine]
     rooms = {key: tmp_path_factory.mktemp("check") for key in keys}
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
         futures = {key: pool.submit(rows_of, key, rooms[key]) for key in keys}
