@@ -15,7 +15,13 @@ OPTIONS = ["--steps", STEPS, "--run.log-every", 1, "--run.save-every", 5, "--ema
 
 @pytest.mark.parametrize(
     ("world_size", "options"),
-    [(1, []), (2, []), (4, []), (2, ["--run.shard", "full"]), (2, ["--batchnorm"])],
+    [
+        (1, []),
+        (2, []),
+        pytest.param(4, [], marks=pytest.mark.slow),
+        (2, ["--run.shard", "full"]),
+        (2, ["--batchnorm"]),
+    ],
     ids=["1", "2-ddp", "4-ddp", "2-fsdp", "2-batchnorm"],
 )
 def test_a_killed_run_ends_bit_identical(start, tmp_path, world_size, options):

@@ -11,7 +11,7 @@ TOGETHER = (
     *("time limit", "scontrol requeue", "scontrol requeue before the first step", "SIGKILL of a rank"),
     *("hardware error", "scancel", "code error", "finished"),
 )
-ALONE = ("preemption", "preemption with grace", "node crash")
+ALONE = ("preemption with grace", "node crash")
 HARMLESS = ("slurmctld restart", "drain")
 
 
@@ -33,12 +33,11 @@ def test_each_goes_on_or_ends_as_it_should(lab, tmp_path, start):
     assert tensors(rounds[TOGETHER.index("scancel")].path)  # it has saved before it left
 
 
-LONG_ONES = [pytest.param((name,), marks=pytest.mark.slow) for name in ("preemption that cancels",)]
+BY_HAND = (("preemption",), ("preemption that cancels",), HARMLESS)  # the campaign plays them too
+SLOW = [pytest.param(names, marks=pytest.mark.slow) for names in BY_HAND]
 
 
-@pytest.mark.parametrize(
-    "names", [*((name,) for name in ALONE), HARMLESS, *LONG_ONES], ids=lambda names: " and ".join(names)
-)
+@pytest.mark.parametrize("names", [*((name,) for name in ALONE), *SLOW], ids=lambda names: " and ".join(names))
 def test_goes_on_from_its_last_agreed_step(lab, tmp_path, start, names):
     rounds = play(lab, tmp_path, names)
     expected = straight(start, tmp_path / "straight")
