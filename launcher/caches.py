@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ WRITTEN = 5.0  # seconds without a change after which an entry is whole, while a
 STALE = 60.0  # seconds after which a node's directory that nobody uses has been left by a process that was killed
 ABANDONED = 3600.0  # seconds without a change after which half a pack has been left by one
 POLL = 0.02
+HEADERS = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 Say = Callable[[str], None]
@@ -128,7 +129,10 @@ class Caches:
 
     def take_turns(self) -> None:
         """Let the node's ranks take turns at compiling from now on."""
-        self._undo = take_turns(self._node)
+        undo = ExitStack()
+        undo.callback(take_turns(self._node))
+        undo.enter_context(_without_precompiled_headers())
+        self._undo = undo.close
 
     def stepped(self, *, first_node: bool) -> None:
         """The first step is done: keep what it has compiled, on one node, beside the training.
@@ -289,6 +293,18 @@ def _room() -> Path:
             fault = error
     assert fault is not None
     raise fault
+
+
+def _without_precompiled_headers() -> AbstractContextManager[Any]:
+    """torch precompiles its C++ header in /tmp before it looks whether a kernel is there already.
+
+    On a fresh node that is most of a warm start's compile, and saves a cold one next to nothing. Who sets torch's
+    variable is obeyed.
+    """
+    config: Any = sys.modules.get("torch._inductor.config")
+    if HEADERS in os.environ or not hasattr(config, "cpp_cache_precompile_headers"):
+        return nullcontext()
+    return config.patch(cpp_cache_precompile_headers=False)  # type: ignore[no-any-return]
 
 
 def _named() -> str | None:
