@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import tables
 
+QUESTION = "How long until the command answers, and until a small model's first step?"
 HERE = Path(__file__).resolve().parent
 START = HERE / "peers" / "start.py"
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "SLURM_", "TORCHELASTIC_")
@@ -98,16 +100,32 @@ def spread(values: list[float]) -> dict[str, float]:
     return dict(zip(("low", "median", "high"), (round(value, 3) for value in quartiles), strict=True))
 
 
-def targets(questions: dict[str, Any]) -> dict[str, bool]:
+def targets(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What was aimed for, and whether it is met."""
+    questions = result["questions"]
     if "accelerate" not in questions["help"]:
         return {}
-    said = questions["help"]["accelerate"]["ratio_to_launcher"]["median"] >= 10
-    found = {"launcher --help at least 10 times as fast as accelerate launch --help": said}
+    ratio = questions["help"]["accelerate"]["ratio_to_launcher"]["median"]
+    found = {
+        "launcher --help at least 10 times as fast as accelerate launch --help": tables.target(ratio, least=10),
+    }
     for question in ("one process", "two processes"):
-        more = questions[question]["accelerate"]["s_more_than_launcher"]["median"]
-        found[f"first step, {question}: at most 0.2 s behind a bare Accelerate script"] = more >= -0.2
+        more = -questions[question]["accelerate"]["s_more_than_launcher"]["median"]
+        name = f"first step, {question}: at most 0.2 s behind a bare Accelerate script"
+        found[name] = tables.target(more, most=0.2)
     return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result, for the results page."""
+    rows = []
+    for question, contenders in result["questions"].items():
+        for name, row in contenders.items():
+            more = row["s_more_than_launcher"]
+            spread = tables.quartiles((more["low"], more["high"]), 2)
+            rows.append((question, name, row["s"], f"{row['ratio_to_launcher']['median']:.2f}", more["median"], spread))
+    header = ("question", "contender", "s", "x the launcher's", "s more", "quartiles")
+    return tables.markdown(header, rows)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -119,7 +137,8 @@ def table(result: dict[str, Any]) -> str:
                 f"  {name:14}{row['s']:>8.3f}{row['ratio_to_launcher']['median']:>12.2f}"
                 f"{row['s_more_than_launcher']['median']:>9.2f}"
             )
-    return "\n".join([*lines, *(f"{'met   ' if met else 'MISSED'} {name}" for name, met in result["targets"].items())])
+    told = (f"{'met   ' if one['met'] else 'MISSED'} {name}" for name, one in targets(result).items())
+    return "\n".join([*lines, *told])
 
 
 def main() -> None:
@@ -133,7 +152,6 @@ def main() -> None:
         names.remove("lightning")
         print("lightning is left out: pip install lightning", file=sys.stderr)
     result = compare(names, options.rounds)
-    result["targets"] = targets(result["questions"])
     print(table(result))
     out = options.out
     if out is None and len(names) == len(HELP):
