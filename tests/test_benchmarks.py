@@ -27,6 +27,7 @@ def run(*command, timeout=120, **environ):
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_overhead_compares_with_the_bare_loop(tmp_path):
     out = tmp_path / "result.json"
     names = ["launcher", "accelerate"]
