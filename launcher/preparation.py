@@ -22,7 +22,8 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def prepare(cache: str | Path, settings: Mapping[str, Any], *stages: Mapping[str
     return directory
 
 
-def _check(names: Sequence[str]) -> None:
+def _check(names: Iterable[str]) -> None:
     """Refuse names that two parts, or a part and what is kept beside it, would share."""
-    for name in names:
-        if names.count(name) > 1:
+    for name, number in Counter(names).items():
+        if number > 1:
             raise RecipeError(f"launcher.prepare: two parts are called {name!r}: each needs a name of its own")
         if name in OWN or name.endswith(PARTIAL) or Path(name).name != name:
             raise RecipeError(f"launcher.prepare: a part cannot be called {name!r}: give it another name for a file")
