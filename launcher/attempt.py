@@ -242,6 +242,8 @@ class Attempt:
         """An exception leaves this process, as a debugger wants it; who sees its traceback sees the verdict below."""
         if self.run is not None:
             self.run.saver.close()
+        if self.signals is not None:
+            self.signals.close()  # Ctrl-C is the debugger's now
         if self.output is not None:
             self.output.close()
         if self.rundir is not None:

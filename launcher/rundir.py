@@ -209,8 +209,7 @@ class RunDir:
         """Mark an attempt as failed; whether this rank is the first to say so, whose error is the one to tell."""
         facts = {"rank": rank, "step": step, "error": strip_credentials(error), "kind": kind, "retry": retry}
         try:
-            with open(self.path / "attempts" / str(attempt) / "failed", "x", encoding="utf-8") as file:
-                file.write(_json({**facts, **here()}).decode())
+            _claim(self.path / "attempts" / str(attempt) / "failed", _json({**facts, **here()}))
         except FileExistsError:
             return False
         except OSError:  # a full disk, perhaps the very failure: then every rank tells its own
@@ -322,7 +321,7 @@ class RunDir:
     def _store(self, name: str, data: bytes) -> None:
         """Write a file whole and durable: readers see the old one or the new one, also after a power cut."""
         path = self.path / name
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
+        partial = _partial(path)
         with _writing(path):
             try:
                 with open(partial, "xb") as file:
@@ -356,6 +355,32 @@ def _usage(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"cannot use {path} as a run directory: {error.strerror}") from None
+
+
+def _partial(path: Path) -> Path:
+    """The name of a file while it is written."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
+
+
+def _claim(path: Path, data: bytes) -> None:
+    """Make a file whole under a name that nobody has.
+
+    Raises:
+        FileExistsError: somebody has it.
+        OSError: it cannot be written whole; it may be there, cut short.
+    """
+    partial = _partial(path)
+    try:
+        partial.write_bytes(data)
+        os.link(partial, path)
+    except FileExistsError:
+        if not partial.samefile(path):  # NFS may ask twice, and be told so of its own first try
+            raise
+    except OSError:  # a full disk, or one without links: the name alone says the most
+        with open(path, "xb") as file:
+            file.write(data)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

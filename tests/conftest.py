@@ -1,9 +1,20 @@
 """Shared fixtures."""
 
+import signal
+
 import pytest
 
 import launcher
+from launcher.signals import STOP_SIGNALS
 from tests.harness import Ranks
+
+
+@pytest.fixture(autouse=True)
+def signals_are_given_back():
+    """What a test begins in this process takes the stop signals; its end leaves them as they were."""
+    before = {number.name: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    assert {number.name: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The run directory: attempts that never share a number, files that are whole, and no secret in any of them."""
 
+import errno
 import json
 import os
 import re
@@ -199,6 +200,57 @@ def test_a_failure_is_not_overwritten_by_a_rank_that_does_not_know(tmp_path) -> 
     rundir.update(status="preempted", global_step=5)
     assert (status(rundir)["status"], status(rundir)["global_step"]) == ("failed", 5)
     assert status(started(tmp_path))["status"] == "running"
+
+
+LOOKS = """
+import sys
+from pathlib import Path
+from launcher.rundir import RunDir
+rundir = RunDir(Path(sys.argv[1]), 1)
+print("looks", flush=True)
+for attempt in range(1, int(sys.argv[2])):
+    while (told := rundir.failure(attempt)) is None:
+        pass
+    assert told["error"] == "boom", told
+"""
+
+
+def test_whoever_sees_a_failure_can_read_it(tmp_path) -> None:
+    attempts = 300
+    for number in range(1, attempts):
+        (tmp_path / "attempts" / str(number)).mkdir(parents=True)
+    looking = child(LOOKS, tmp_path, attempts)
+    assert looking.stdout is not None
+    assert looking.stdout.readline() == "looks\n"
+    rundir = RunDir(tmp_path, 1)
+    for number in range(1, attempts):
+        assert rundir.failed(number, rank=1, step=0, error="boom")
+    output(looking)
+    assert not [name for name in files(tmp_path) if Path(name).name.startswith(".")]
+
+
+@pytest.mark.parametrize("answer", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_failure_is_marked_once_where_there_are_no_links(tmp_path, monkeypatch, answer) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr(os, "link", refuse)
+    rundir = started(tmp_path)
+    assert rundir.failed(1, rank=1, step=4, error="boom")
+    assert not rundir.failed(1, rank=0, step=4, error="another")
+    assert (rundir.failure(1) or {})["error"] == "boom"
+    assert not [name for name in files(tmp_path) if Path(name).name.startswith(".")]
+
+
+def test_a_link_that_was_asked_for_twice_is_ones_own(tmp_path, monkeypatch) -> None:
+    link = os.link
+
+    def twice(*names: Any) -> None:
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", twice)
+    assert started(tmp_path).failed(1, rank=1, step=4, error="boom")
 
 
 UPDATES = """

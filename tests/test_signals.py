@@ -7,6 +7,9 @@ import sys
 import textwrap
 import time
 
+import pytest
+
+import launcher
 from launcher.signals import Signals
 
 
@@ -29,6 +32,18 @@ def test_the_first_signal_is_named_and_handlers_come_back():
         signals.close()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)] == before
     assert signal.SIGUSR2 not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_after_a_failure_control_c_is_the_debuggers(run_recipe):
+    """As in a notebook or in pdb: who looks at a run that has failed can interrupt what they do there."""
+
+    def train(run: launcher.Run) -> None:
+        raise ZeroDivisionError("the recipe's own")
+
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(train)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_flag_rises_while_the_main_thread_sits_in_c():

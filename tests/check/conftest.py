@@ -1,8 +1,10 @@
 """Checks in this process, several at once, with one server of processes for all of them."""
 
+import ast
 import json
 import multiprocessing
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from multiprocessing.forkserver import ensure_running
@@ -17,7 +19,21 @@ from tests.harness import ROOT
 
 
 @pytest.fixture(scope="module")
-def checks(tmp_path_factory, request):
+def one_parses():
+    """Python 3.11 cannot parse in two threads: each finds the other's depth in the tree (cpython issue 106905)."""
+    parse, lock = ast.parse, threading.Lock()
+
+    def in_turn(*arguments, **named):
+        with lock:
+            return parse(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ast, "parse", in_turn)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory, request, one_parses):
     """The rows of every check that a test of this file asks for, by its key: futures, begun in their order."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([*ALWAYS, *OFTEN, "sklearn.datasets"])
     ensure_running()
