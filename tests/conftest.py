@@ -6,7 +6,7 @@ import pytest
 
 import launcher
 from launcher.signals import STOP_SIGNALS
-from tests.harness import Ranks
+from tests.forked import jobs
 
 
 @pytest.fixture(autouse=True)
@@ -20,15 +20,8 @@ def signals_are_given_back():
 @pytest.fixture
 def start(tmp_path):
     """Start a recipe on some ranks in a directory of the test's own; what is still alive at its end is killed."""
-    jobs = []
-
-    def run(world_size, recipe, *args, env=None):
-        jobs.append(Ranks(world_size, recipe, *args, cwd=tmp_path, env=env))
-        return jobs[-1]
-
-    yield run
-    for job in jobs:
-        job.close()
+    with jobs(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture

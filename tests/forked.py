@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
+from launcher.check.trials import ALWAYS, OFTEN
 from tests.harness import clean_environment, free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.parallel"),
-        *("accelerate", "accelerate.utils", "launcher.attempt", "launcher.run"),
-        *("launcher.checkpoint.loading", "launcher.checkpoint.verifying", "launcher.checkpoint.writer"),
-        *("tests.forked", "pytest"),
-    ]
+IMPORTS = (
+    *ALWAYS,
+    *OFTEN,
+    *("torch.distributed.tensor", "torch.nn.parallel", "accelerate.utils", "sklearn.datasets"),
+    *("launcher.checkpoint.loading", "launcher.checkpoint.verifying", "launcher.checkpoint.writer"),
+    *("tests.forked", "pytest"),
 )
 
 
@@ -39,9 +40,10 @@ class Job:
         self._name = f"out-{time.monotonic_ns()}"
         self._cwd, self._env = cwd, {**clean_environment(), **(env or {})}
         self._port = free_port()
+        serve()
         self.processes = [self._start(rank, world_size) for rank in range(world_size)]
 
-    def wait(self, timeout: float = 60) -> list[int]:
+    def wait(self, timeout: float = 120) -> list[int]:
         """Exit codes, in rank order; a job that hangs is killed and told."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -52,7 +54,7 @@ class Job:
             raise AssertionError(f"exit codes {codes} after {timeout:.0f} s: it hangs\n{self.output()}")
         return codes
 
-    def ok(self, timeout: float = 60) -> str:
+    def ok(self, timeout: float = 120) -> str:
         """Wait for a job that must succeed; returns what it printed."""
         codes = self.wait(timeout)
         assert codes == [0] * len(codes), f"exit codes {codes} of {' '.join(self.args)}\n{self.output()}"
@@ -96,12 +98,18 @@ class Job:
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._port)}
         self._path(rank).touch()
         environment = {**self._env, **variables}
-        process = CONTEXT.Process(target=_work, args=(self.args, environment, self._cwd, self._path(rank)), daemon=True)
+        process = CONTEXT.Process(target=_work, args=(self.args, environment, self._cwd, self._path(rank)))
         process.start()
         return process
 
     def _path(self, rank: int) -> Path:
         return self._cwd / f"{self._name}-{rank}"
+
+
+def serve() -> None:
+    """Have the one server of this process run, with all that the recipes of all tests import."""
+    CONTEXT.set_forkserver_preload([*IMPORTS])
+    ensure_running()
 
 
 @contextmanager
@@ -127,6 +135,7 @@ def _work(args: list[str], environment: dict[str, str], cwd: Path, output: Path)
         stream.flush()
         os.dup2(fd, stream.fileno())
     os.close(fd)
+    multiprocessing.set_start_method(None, force=True)  # the platform's: its data workers are a matter of its own
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

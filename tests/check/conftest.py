@@ -2,19 +2,17 @@
 
 import ast
 import json
-import multiprocessing
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from multiprocessing.forkserver import ensure_running
 
 import pytest
 
 from launcher.check.command import check, chosen
-from launcher.check.trials import ALWAYS, OFTEN
 from tests.check.defects import DEFECTS, SMALL, plant
 from tests.check.shipped import SHIPPED
+from tests.forked import serve
 from tests.harness import ROOT
 
 
@@ -35,8 +33,7 @@ def one_parses():
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory, request, one_parses):
     """The rows of every check that a test of this file asks for, by its key: futures, begun in their order."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*ALWAYS, *OFTEN, "sklearn.datasets"])
-    ensure_running()
+    serve()
     mine = [item for item in request.session.items if item.path == request.path and "checks" in item.fixturenames]
     keys = [item.callspec.params["key"] for item in mine]
     rooms = {key: tmp_path_factory.mktemp("check") for key in keys}

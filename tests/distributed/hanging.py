@@ -1,7 +1,6 @@
 """A recipe whose rank 1 stands still in step 2 in the way that HANG names."""
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import time
@@ -92,9 +91,6 @@ def come_and_go() -> None:
 
 
 if __name__ == "__main__":
-    if HANG == "data":
-        multiprocessing.current_process()._config["daemon"] = False  # so that a rank which is forked may have workers
-        multiprocessing.set_start_method("fork", force=True)
     if HANG == "absent" and os.environ["RANK"] == "2":
         os._exit(9)
     if HANG == "gone" and os.environ["RANK"] == "1":

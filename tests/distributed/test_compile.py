@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import jobs
 from tests.harness import losses, tensors
 
 RECIPE = Path(__file__).parent / "exact.py"
@@ -12,12 +13,9 @@ OPTIONS = ["--steps", 5, "--run.log-every", 1, "--dropout", 0, "--eval-every", 0
 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory):
-    from tests.harness import Ranks
-
     path = tmp_path_factory.mktemp("eager")
-    job = Ranks(1, RECIPE, *OPTIONS, "--run.dir", path / "run", cwd=path)
-    job.ok()
-    job.close()
+    with jobs(path) as start:
+        start(1, RECIPE, *OPTIONS, "--run.dir", path / "run").ok()
     return path / "run"
 
 

@@ -43,12 +43,6 @@ class Copy:
         self.go(f"at-{step}")
 
 
-@pytest.fixture
-def start(tmp_path):
-    with jobs(tmp_path) as started:
-        yield started
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The losses and tensors of a run to which nothing happens, by world size."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Ranks, assert_same, losses, samples, status, tensors
+from tests.forked import jobs
+from tests.harness import assert_same, losses, samples, status, tensors
 
 RECIPE = Path(__file__).parent / "exact.py"
 STEPS = 40
@@ -44,10 +45,9 @@ def test_a_killed_run_ends_bit_identical(start, tmp_path, world_size, options):
 def on_two(tmp_path_factory):
     """A straight run on two ranks, and one that was killed there."""
     path = tmp_path_factory.mktemp("two")
-    for name, env in (("straight", {}), ("killed", {"STRIKE": "SIGKILL:body:17:1"})):
-        job = Ranks(2, RECIPE, *OPTIONS, "--run.dir", path / name, cwd=path, env=env)
-        job.wait()
-        job.close()
+    with jobs(path) as start:
+        for name, env in (("straight", {}), ("killed", {"STRIKE": "SIGKILL:body:17:1"})):
+            start(2, RECIPE, *OPTIONS, "--run.dir", path / name, env=env).wait()
     return path / "straight", path / "killed"
 
 

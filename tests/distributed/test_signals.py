@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import jobs
 from tests.harness import assert_same, losses, status, tensors
 
 RECIPE = Path(__file__).parent / "exact.py"
@@ -12,12 +13,9 @@ OPTIONS = ["--steps", 10, "--run.log-every", 1]
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    from tests.harness import Ranks
-
     path = tmp_path_factory.mktemp("straight")
-    job = Ranks(2, RECIPE, *OPTIONS, "--run.dir", path / "run", cwd=path)
-    job.ok()
-    job.close()
+    with jobs(path) as start:
+        start(2, RECIPE, *OPTIONS, "--run.dir", path / "run").ok()
     return path / "run"
 
 

@@ -11,7 +11,7 @@ import pytest
 import launcher
 from launcher.config import RunConfig
 from tests.harness import ROOT, losses
-from tests.recipes.test_runs import assert_close, launcher_run, start
+from tests.recipes.test_runs import assert_close, launcher_run, run
 
 README = (ROOT / "README.md").read_text()
 
@@ -24,11 +24,11 @@ def test_the_recipe_runs_in_all_three_ways(tmp_path: Path) -> None:
     [source] = blocks("python")
     (tmp_path / "digits.py").write_text(source)
     options = ["--steps", "120", "--run.threads", "1"]
-    start(sys.executable, "digits.py", *options, "--run.dir", "python", cwd=tmp_path)
+    run(sys.executable, "digits.py", *options, "--run.dir", "python", cwd=tmp_path)
     launcher_run("digits.py", *options, "--run.dir", "launcher", cwd=tmp_path)
     accelerate = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_machines", "1"]
     accelerate += ["--num_processes", "2", "--main_process_port", "0", "digits.py", *options, "--run.dir", "accelerate"]
-    start(*accelerate, cwd=tmp_path, env={"ACCELERATE_USE_CPU": "true"})
+    run(*accelerate, cwd=tmp_path, env={"ACCELERATE_USE_CPU": "true"})
     curves = [losses(tmp_path / name) for name in ("python", "launcher", "accelerate")]
     assert_close(curves[0], curves[1], 1e-4)
     assert_close(curves[0], curves[2], 1e-4)
@@ -49,7 +49,7 @@ def test_its_commands_name_what_exists() -> None:
 @pytest.mark.parametrize("name", ["classify", "gpt", "finetune"])
 def test_options_of_recipes_that_it_and_they_name(name: str, tmp_path: Path) -> None:
     recipe = ROOT / "recipes" / f"{name}.py"
-    known = set(re.findall(r"--[\w.-]+", start(sys.executable, recipe, "--help", cwd=tmp_path, env={"COLUMNS": "200"})))
+    known = set(re.findall(r"--[\w.-]+", run(sys.executable, recipe, "--help", cwd=tmp_path, env={"COLUMNS": "200"})))
     [row] = re.findall(rf"^\| \[{name}\.py\].*", README, re.MULTILINE)
     docstring = recipe.read_text().split('"""')[1]
     commands = " ".join(re.findall(rf"{name}\.py(.*)", docstring.replace("\\\n", "")))

@@ -1,12 +1,13 @@
-"""The recipes as a person starts them: in one process, by `launcher run` in two, and sharded; and a GAN."""
+"""The recipes in one process and in two, replicated and sharded; and a GAN."""
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.harness import ROOT, Ranks, clean_environment, losses, metrics, status, tensors
+from tests.harness import ROOT, clean_environment, losses, metrics, status, tensors
 
 RECIPES = ROOT / "recipes"
 TINY = """
@@ -15,7 +16,7 @@ TINY = """
 """
 
 
-def start(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
     """What a command that must succeed printed."""
     full = {**clean_environment(), "PYTHONPATH": str(ROOT), "HF_HOME": str(cwd / "hf"), **(env or {})}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=full, capture_output=True, text=True, timeout=240)
@@ -25,7 +26,7 @@ def start(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) ->
 
 def launcher_run(*command: str | Path, cwd: Path) -> str:
     """`launcher run --nproc 2`, by this Python."""
-    return start(sys.executable, "-m", "launcher", "run", "--nproc", "2", *command, cwd=cwd)
+    return run(sys.executable, "-m", "launcher", "run", "--nproc", "2", *command, cwd=cwd)
 
 
 def assert_close(a: dict[int, float], b: dict[int, float], tolerance: float) -> None:
@@ -34,10 +35,12 @@ def assert_close(a: dict[int, float], b: dict[int, float], tolerance: float) -> 
     assert max(differences.values()) <= tolerance, differences
 
 
-def test_classify_learns_alike_on_one_process_and_on_two(tmp_path: Path) -> None:
+def test_classify_learns_alike_on_one_process_and_on_two(start: Any, tmp_path: Path) -> None:
     options = ["--epochs", "10", "--run.threads", "1"]
-    start(sys.executable, RECIPES / "classify.py", *options, "--run.dir", "one", cwd=tmp_path)
-    launcher_run(RECIPES / "classify.py", *options, "--run.dir", "two", cwd=tmp_path)
+    recipe = RECIPES / "classify.py"
+    jobs = [start(world_size, recipe, *options, "--run.dir", name) for world_size, name in ((1, "one"), (2, "two"))]
+    for job in jobs:
+        job.ok()
     assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), 1e-4)
     for name in ("one", "two"):
         steps = status(tmp_path / name)["global_step"]
@@ -45,14 +48,13 @@ def test_classify_learns_alike_on_one_process_and_on_two(tmp_path: Path) -> None
         assert metrics(tmp_path / name)[steps]["test_accuracy"] >= 0.95
 
 
-def test_gpt_replicated_and_sharded(tmp_path: Path) -> None:
+def test_gpt_replicated_and_sharded(start: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {k} says {k * k}\n" for k in range(4000)))
     options = [*TINY.split(), "--data.files", text, "--steps", "12", "--eval-every", "6", "--prompt", "line 1"]
     replicated = launcher_run(RECIPES / "gpt.py", *options, "--run.dir", "ddp", cwd=tmp_path)
-    ranks = Ranks(2, RECIPES / "gpt.py", *options, "--run.dir", "fsdp", "--run.shard", "full", cwd=tmp_path)
+    ranks = start(2, RECIPES / "gpt.py", *options, "--run.dir", "fsdp", "--run.shard", "full")
     sharded = ranks.ok().split("--- rank 1")[0]
-    ranks.close()
     assert_close(losses(tmp_path / "ddp"), losses(tmp_path / "fsdp"), 1e-5)
     lines = metrics(tmp_path / "ddp")
     assert lines[12]["loss"] < lines[1]["loss"] - 1
@@ -66,37 +68,35 @@ def test_gpt_replicated_and_sharded(tmp_path: Path) -> None:
 
 def test_finetune_by_default(tmp_path: Path) -> None:
     options = ["--steps", "5", "--data.held-out", "0.01", "--run.threads", "1", "--run.dir", "run"]
-    printed = start(sys.executable, RECIPES / "finetune.py", *options, cwd=tmp_path)
+    printed = run(sys.executable, RECIPES / "finetune.py", *options, cwd=tmp_path)
     assert "held-out loss" in printed
     lines = metrics(tmp_path / "run")
     assert lines[5]["val_loss"] < lines[0]["val_loss"]
 
 
 @pytest.mark.slow
-def test_finetune_compiles_its_packed_rows_once(tmp_path: Path) -> None:
+def test_finetune_compiles_its_packed_rows_once(start: Any, tmp_path: Path) -> None:
     options = ["--steps", "5", "--data.held-out", "0.01", "--eval-every", "0", "--run.threads", "1"]
-    start(sys.executable, RECIPES / "finetune.py", *options, "--run.log-every", "1", "--run.dir", "eager", cwd=tmp_path)
+    start(1, RECIPES / "finetune.py", *options, "--run.log-every", "1", "--run.dir", "eager").ok()
     compiled = [*options, "--run.log-every", "1", "--run.compile", "default", "--run.dir", "compiled"]
-    ranks = Ranks(1, RECIPES / "finetune.py", *compiled, cwd=tmp_path, env={"TORCH_LOGS": "recompiles,graph_breaks"})
-    said = ranks.ok()
-    ranks.close()
+    said = start(1, RECIPES / "finetune.py", *compiled, env={"TORCH_LOGS": "recompiles,graph_breaks"}).ok()
     recompiled = said.count("Recompiling")
     assert recompiled == said.count("GLOBAL_STATE changed: grad_mode"), said  # an evaluation has no gradients
     assert "Graph break" not in said, said
     assert_close(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), 1e-4)
 
 
-def test_finetune_with_lora_saves_the_adapters_alone(tmp_path: Path) -> None:
+def test_finetune_with_lora_saves_the_adapters_alone(start: Any, tmp_path: Path) -> None:
     rows = [f'{{"prompt": "{k} + {k} =", "completion": " {2 * k}"}}' for k in range(200)]
     (tmp_path / "sums.jsonl").write_text("\n".join(rows))
     options = ["--steps", "2", "--data.files", "sums.jsonl", "--lora.rank", "2", "--run.threads", "1"]
-    launcher_run(RECIPES / "finetune.py", *options, "--run.dir", "run", cwd=tmp_path)
+    start(2, RECIPES / "finetune.py", *options, "--run.dir", "run", env={"HF_HOME": str(tmp_path / "hf")}).ok()
     saved = tensors(tmp_path / "run")
     assert len([name for name in saved if name.startswith("model/")]) == 56
     assert all("lora_" in name or name.startswith("optimizer/") for name in saved)
 
 
-def test_finetune_sharded_with_frozen_layers(tmp_path: Path) -> None:
+def test_finetune_sharded_with_frozen_layers(start: Any, tmp_path: Path) -> None:
     options = [
         "--steps",
         "2",
@@ -108,18 +108,17 @@ def test_finetune_sharded_with_frozen_layers(tmp_path: Path) -> None:
         "--run.shard",
         "full",
     ]
-    ranks = Ranks(2, RECIPES / "finetune.py", *options, "--run.dir", "run", cwd=tmp_path)
-    ranks.ok()
-    ranks.close()
+    start(2, RECIPES / "finetune.py", *options, "--run.dir", "run").ok()
     names = [name.removeprefix("model/") for name in tensors(tmp_path / "run") if name.startswith("model/")]
     assert {name.split(".")[2] for name in names if ".layers." in name} == {"3"}
     assert not any("embed_tokens" in name for name in names)
 
 
-def test_a_gan_with_two_optimizers_and_an_average(tmp_path: Path) -> None:
+def test_a_gan_with_two_optimizers_and_an_average(start: Any, tmp_path: Path) -> None:
     recipe, options = Path(__file__).with_name("gan.py"), ["--steps", "200", "--run.threads", "1"]
-    start(sys.executable, recipe, *options, "--run.dir", "one", cwd=tmp_path)
-    launcher_run(recipe, *options, "--run.dir", "two", cwd=tmp_path)
+    jobs = [start(world_size, recipe, *options, "--run.dir", name) for world_size, name in ((1, "one"), (2, "two"))]
+    for job in jobs:
+        job.ok()
     assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), 1e-4)
     first, second = metrics(tmp_path / "one")[200], metrics(tmp_path / "two")[200]
     for name in ("off_circle", "off_circle_ema"):
