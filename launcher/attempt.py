@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ from launcher.signals import Signals, Stopped
 from launcher.startup import Startup
 from launcher.verdict import judged, of_one
 from launcher.watchdog import Watchdog
-from launcher.witness import PARENT, about, recipes_part, told_to_agent, told_to_parent, witness
+from launcher.witness import PARENT, about, recipes_part, told_to_agent, told_to_parent, whereabouts, witness
 from launcher.world import World, connect, disconnect
 
 if TYPE_CHECKING:
@@ -190,20 +191,20 @@ class Attempt:
             self._refuse(error)
             return code
         step = self.run.completed if self.run is not None else None
-        told = f"{type(error).__name__}: {error}"
+        told, now = f"{type(error).__name__}: {error}", time.time()
         first = self.rundir.failed(
             self.number, rank=self.world.rank, step=step, error=told, kind=kind, retry=may_pass(kind)
         )
         self._status("failed", everyone=first)
         self._record_exit("failed", told)
-        self._testify(error, kind, step, first=first)
+        self._testify(error, kind, step, failed_at=now if first else None)
         return code
 
-    def _testify(self, error: Exception, kind: Kind, step: int | None, *, first: bool) -> None:
+    def _testify(self, error: Exception, kind: Kind, step: int | None, *, failed_at: float | None) -> None:
         """Tell of the failure: to the verdict all there is, to the person the first one's, and once."""
         assert self.rundir is not None
         called = collectives() if kind == "peer" and self.world.group is not None else None
-        facts = witness(error, kind, world=self.world, step=step, collectives=called)
+        facts = witness(error, kind, world=self.world, step=step, called=called)
         with suppress(LauncherError):  # a full disk: then the parent has it alone
             self.rundir.record_error(self.number, self.world.rank, facts)
         told_to_parent(self._parent, f"error-{self.world.rank:05d}.json", facts)
@@ -219,12 +220,12 @@ class Attempt:
             said = f"launcher:{where} the recipe failed\n{frames}"
         if alone and not isinstance(error, LauncherError):
             self._note(frames)  # it passes through, and Python shows it
-        elif first:
+        elif failed_at is not None:
             self._say(said)
         else:
             self._note(said)
         if not alone:
-            told_to_agent(of_one(facts, self.world.world_size).text, first=first)
+            told_to_agent(of_one(facts, self.world.world_size).text, failed_at=failed_at)
 
     def _refuse(self, error: Exception) -> None:
         """Tell of a failure before there is a run directory."""
@@ -306,6 +307,7 @@ class Attempt:
         with self._ending:
             if not self._watched or self.run is None or self.rundir is None:
                 return
+            now = time.time()
             told = f"{found.sentence}; every rank's stacks are in attempts/{self.number}/stacks-*.txt"
             first = self.rundir.failed(
                 self.number, rank=found.rank, step=found.step, error=told, kind="hang", retry=may_pass("hang")
@@ -315,7 +317,7 @@ class Attempt:
             self._record_exit("failed", "the run hangs")
             if first:
                 self._say(f"launcher: the run hangs: {printable(told)}\n")
-            told_to_agent(f"the run hangs: {told}", first=first)
+            told_to_agent(f"the run hangs: {told}", failed_at=now if first else None)
             for child in multiprocessing.active_children():  # a worker that is stuck would outlive this process
                 child.kill()
             self.run.saver.close()
@@ -344,8 +346,8 @@ class Attempt:
                 status = "cancelled"
             with suppress(LauncherError):
                 self._status(status)
-            called = collectives() if status == "failed" and self.world.group is not None else []
-            self._record_exit(status, reason, **({"collectives": called} if called else {}))
+            stood = status == "failed" and self.world.group is not None
+            self._record_exit(status, reason, **(whereabouts() if stood else {}))
             said = f"launcher: left at once, without a save: {reason}\n"
             if status == "failed":
                 self._note(said)  # the person hears of the failure itself

@@ -95,6 +95,8 @@ class Exit:
     time: float
     collectives: tuple[Mapping[str, Any], ...] = ()
     """Those it had called, where another rank's failure has ended it."""
+    place: Place | None = None
+    """Where it then stood in the person's own code."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,8 @@ def read_of_ranks(root: Path) -> tuple[dict[int, Rank], dict[int, Word], dict[in
         elif kind == "signal":
             seen[rank] = Sight(text(said, "signal") or "a signal", host, time)
         else:
-            called = _objects(said.get("collectives"))
-            left[rank] = Exit(text(said, "status"), whole(said, "step"), text(said, "reason"), host, time, called)
+            status, reason, called = text(said, "status"), text(said, "reason"), _objects(said.get("collectives"))
+            left[rank] = Exit(status, whole(said, "step"), reason, host, time, called, _place(said))
     return ranks, words, seen, left
 
 
@@ -215,7 +217,6 @@ def failure(path: Path, attempt: int) -> Word | None:
 def read_word(rank: int, said: Mapping[str, Any]) -> Word:
     """What a rank's error-R.json says."""
     place, data = said.get("place"), said.get("data")
-    place = place if isinstance(place, dict) else {}
     data = data if isinstance(data, dict) else {}
     memory = said.get("memory")
     return Word(
@@ -226,8 +227,8 @@ def read_word(rank: int, said: Mapping[str, Any]) -> Word:
         step=whole(said, "step"),
         host=text(said, "host"),
         time=when(said.get("time")),
-        place=Place(text(place, "path"), whole(place, "line") or 0, text(place, "function")) if place else None,
-        source=text(place, "source"),
+        place=_place(said),
+        source=text(place, "source") if isinstance(place, dict) else "",
         is_own=said.get("launcher") is True,
         loader=text(data, "loader"),
         sample=text(data, "what"),
@@ -238,6 +239,13 @@ def read_word(rank: int, said: Mapping[str, Any]) -> Word:
         traceback=text(said, "traceback"),
         retry=said.get("retry") is True,
     )
+
+
+def _place(said: Mapping[str, Any]) -> Place | None:
+    place = said.get("place")
+    if not isinstance(place, dict) or not place:
+        return None
+    return Place(text(place, "path"), whole(place, "line") or 0, text(place, "function"))
 
 
 def newest_checkpoint(path: Path) -> int | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from launcher import cgroup
 from launcher.advice import advice
 from launcher.errors import LauncherError
-from launcher.evidence import Evidence, Word, read_evidence, read_word
+from launcher.evidence import Evidence, Exit, Word, read_evidence, read_word
 from launcher.failure import kind_of_text, may_pass
 from launcher.hang import Standing, another_call
 from launcher.kernel import killed_for_memory
@@ -126,15 +126,13 @@ def _time(word: Word) -> tuple[float, int]:
 
 def _odd_call(evidence: Evidence) -> Word | None:
     """The rank that brought another tensor to a collective than the rest: they fell over it, itself perhaps not."""
-    told = {rank: exit_.collectives for rank, exit_ in evidence.left.items()}
-    told |= {rank: word.collectives for rank, word in evidence.words.items()}
+    told: dict[int, Exit | Word] = {**evidence.left, **evidence.words}
     standings = {}
-    for rank, collectives in told.items():
+    for rank, said in told.items():
         with suppress(TypeError, ValueError, KeyError):
-            standing = Standing.read({"rank": rank, "collectives": collectives})
-            place = evidence.words[rank].place if rank in evidence.words else None
+            standing = Standing.read({"rank": rank, "collectives": said.collectives})
             if standing.groups:
-                standings[rank] = replace(standing, own=place)
+                standings[rank] = replace(standing, own=said.place)
     found = another_call(standings) if len(standings) > 2 else None  # of two, nobody knows which is the odd one
     if found is None:
         return None

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 from launcher import cgroup
 from launcher.errors import LauncherError
 from launcher.failure import NOTE, Kind, may_pass
+from launcher.flight import collectives
 from launcher.rundir import here
 from launcher.source import strip_credentials
-from launcher.stacks import Place, is_own
+from launcher.stacks import Place, is_own, main_stack, places
 
 if TYPE_CHECKING:
     from launcher.world import World
 
-__all__ = ["PARENT", "about", "recipes_part", "told_to_agent", "told_to_parent", "witness"]
+__all__ = ["PARENT", "about", "recipes_part", "told_to_agent", "told_to_parent", "whereabouts", "witness"]
 
 PARENT = "LAUNCHER_PARENT"
 """The environment variable in which launcher/parent.py names a directory that its ranks may write to."""
@@ -45,11 +46,11 @@ def about(world: World) -> dict[str, Any]:
 
 
 def witness(
-    error: BaseException, kind: Kind, *, world: World, step: int | None, collectives: list[dict[str, Any]] | None = None
+    error: BaseException, kind: Kind, *, world: World, step: int | None, called: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """What attempts/A/error-R.json holds of the exception that ends a rank.
 
-    `collectives` are those that it has called, where that can tell more than the exception does.
+    `called` are the collectives that it has called, where that can tell more than the exception does.
     """
     name, message, place = _told(error)
     text = "".join(traceback.format_exception(type(error), error, recipes_part(error.__traceback__)))
@@ -62,9 +63,15 @@ def witness(
         "path": str(error.filename) if isinstance(error, OSError) and error.filename else None,
         "memory": _memory(world) if kind == "memory" else None,
         "oom_kills": cgroup.kills(cgroup.groups()),
-        "collectives": collectives or [],
+        "collectives": called or [],
         "traceback": strip_credentials(text[-LONGEST:]),
     }
+
+
+def whereabouts() -> dict[str, Any]:
+    """What attempts/A/exit-R.json holds besides, of a rank that another's failure ends where it stands."""
+    place, _ = places(main_stack())
+    return {"collectives": collectives(), "place": None if place is None else _as_json(place)}
 
 
 def recipes_part(frames: TracebackType | None) -> TracebackType | None:
@@ -84,14 +91,17 @@ def told_to_parent(directory: str | None, name: str, facts: Mapping[str, Any]) -
     return True
 
 
-def told_to_agent(text: str, *, first: bool) -> None:
+def told_to_agent(text: str, *, failed_at: float | None) -> None:
     """Let the agent of torch know why this rank fails: it prints a table of its ranks.
 
     It takes for the first the one with the least time, in whole seconds: that one gets a second less, the others one
     more. Source: torch/distributed/elastic/multiprocessing/errors/__init__.py, ProcessFailure.
+
+    Args:
+        failed_at: of the first rank to fail, the time before the others could know of it; of those None.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        when = int(time.time()) + (-1 if first else 1)
+        when = int(time.time()) + 1 if failed_at is None else int(failed_at) - 1
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": text, "extraInfo": {"timestamp": str(when)}}}, file)
 

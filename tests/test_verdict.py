@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time as clock
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,8 +58,8 @@ class Scene:
             self.error(rank, 0.5 * rank, "peer", "Connection closed by peer", **facts)
         return self
 
-    def exit(self, rank: int, status: str, reason: str = "", step: int | None = 7) -> Scene:
-        said = {"status": status, "reason": reason, "step": step, "host": self.hosts[rank], "time": time(9)}
+    def exit(self, rank: int, status: str, reason: str = "", step: int | None = 7, **facts: Any) -> Scene:
+        said = {"status": status, "reason": reason, "step": step, "host": self.hosts[rank], "time": time(9), **facts}
         return self.write(f"exit-{rank:05d}.json", said)
 
     def marked(self, rank: int, kind: str, error: str) -> Scene:
@@ -93,6 +94,9 @@ WHAT = (
 )
 OOM = {"oom_kills": {"/sys/fs/cgroup/a/b": 2}}
 CALLS = [{"group": "0", "backend": "gloo", "ranks": [0, 1, 2, 3], "enqueued": 1, "completed": 0}]
+
+
+PLACE = {"path": "/x/r.py", "line": 4, "function": "train"}
 
 
 def called(elements: int) -> dict[str, Any]:
@@ -155,6 +159,11 @@ CASES = {
         lambda scene: scene.peers(0, 1).exit(3, "failed", "SIGTERM, after ...").log(2, WHAT + CRASH),
         *(2, "code", "rank 2 failed first at step 7: crashed in native code (Aborted): op.preamble.length <= "),
         "2 ranks then lost their peer, 1 rank was stopped. A code error",
+    ),
+    "the odd one in a collective, stopped where it stood": (
+        lambda scene: scene.peers(0, 1, **called(8)).exit(3, "failed", "SIGTERM", **called(9), place=PLACE),
+        *(3, "code", "rank 3 failed first at step 7: called all_reduce of 9 elements (/x/r.py:4 in train) where 2"),
+        "2 ranks then lost their peer, 1 rank left no word.",
     ),
     "the odd one in a collective": (
         lambda scene: scene.peers(0, 1, **called(8)).peers(3, **called(9)).codes(rank2=-6),
@@ -421,10 +430,10 @@ def test_a_ranks_facts():
 def test_the_agents_table(tmp_path, monkeypatch):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    failures = {}
-    for rank, first in ((0, False), (1, True)):
+    failures, before = {}, clock.time() - 3  # the first to fail may be slow to tell
+    for rank, failed_at in ((0, None), (1, before)):
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank)))
-        witness.told_to_agent(f"rank {rank} it was", first=first)
+        witness.told_to_agent(f"rank {rank} it was", failed_at=failed_at)
         failures[rank] = ProcessFailure(rank, 1, 1, str(tmp_path / str(rank)))
     text = str(ChildFailedError("r.py", failures))
     assert "traceback : rank 1 it was" in text.partition("Root Cause")[2]
