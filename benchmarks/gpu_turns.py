@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from turns import JOB
+import machine
 
 HERE = Path(__file__).resolve().parent
 TOLD = 15  # lines that a contender which fails has said
@@ -37,11 +37,10 @@ class Contender:
         self._line, theirs = socket.socketpair()
         self._unread = b""
         command = [sys.executable, str(HERE / "peers" / f"{script}.py"), str(theirs.fileno()), str(directory), *options]
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(JOB)}
         with theirs, open(self._output, "w") as said:
             self.process = subprocess.Popen(
                 command,
-                env={**kept, **environ},
+                env={**machine.environ(), **environ},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=said,

@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "accelerate", "lightning", "transformers", "datasets")
+JOB = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "SLURM_", "TORCHELASTIC_")
+
+
+def environ(*less: str) -> dict[str, str]:
+    """This process's environment without a job's variables, and without what begins like one of `less`."""
+    return {key: value for key, value in os.environ.items() if not key.startswith((*JOB, *less))}
 
 
 def facts() -> dict[str, Any]:

@@ -31,7 +31,6 @@ import tables
 QUESTION = "How long until the command answers, and until a small model's first step?"
 HERE = Path(__file__).resolve().parent
 START = HERE / "peers" / "start.py"
-JOB = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "SLURM_", "TORCHELASTIC_")
 TWO = ("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 SCRIPTS = Path(sys.executable).parent
 HELP = {
@@ -54,8 +53,12 @@ STEP = {
 def once(command: list[str], name: str, processes: int, scratch: Path) -> float:
     """Seconds from a command to the first step, or, with no processes, to its end."""
     stamp = scratch / f"{time.monotonic_ns()}"
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(JOB)}
-    environ |= {"STEPPED": str(stamp), "CONTENDER": name, "PROCESSES": str(processes), "CUDA_VISIBLE_DEVICES": ""}
+    environ = machine.environ() | {
+        "STEPPED": str(stamp),
+        "CONTENDER": name,
+        "PROCESSES": str(processes),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     began = time.time()

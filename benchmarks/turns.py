@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import machine
+
 HERE = Path(__file__).resolve().parent
 THRESHOLD = str(100 << 20)
 PINNED = {
@@ -29,8 +31,6 @@ PINNED = {
     "PYTHONPATH": str(HERE.parent),
 }
 """malloc's thresholds alone move a step of a few milliseconds by 8 %."""
-JOB = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "SLURM_", "TORCHELASTIC_")
-"""How the environment of a job begins, which a contender must not inherit."""
 
 
 class Contender:
@@ -47,12 +47,11 @@ class Contender:
         for rank, environ in enumerate(ranks):
             mine, theirs = socket.socketpair()
             command = [sys.executable, script, name, theirs.fileno(), directory, *arguments]
-            kept = {key: value for key, value in os.environ.items() if not key.startswith(JOB)}
             with theirs, open(self._output(rank), "w") as said:
                 process = subprocess.Popen(
                     list(map(str, command)),
                     cwd=HERE,
-                    env={**kept, **PINNED, **environ},
+                    env={**machine.environ(), **PINNED, **environ},
                     pass_fds=[theirs.fileno()],
                     stdout=said,
                     stderr=said,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -33,7 +32,6 @@ import tables
 QUESTION = "What does a compiled GPT's second launch wait for its first step, beside its first launch?"
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-JOB = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "SLURM_", "TORCHELASTIC_", "TORCHINDUCTOR_")
 MODEL = ("--model.depth", "4", "--batch-size", "4", "--microbatch-size", "2")
 QUIET = ("--steps", "1", "--eval-every", "0", "--eval-rows", "2", "--sample-tokens", "0", "--run.log-every", "1")
 TARGET = 0.15
@@ -46,8 +44,11 @@ def start(place: Path, scope: str, processes: int, cache: str, machine_tmp: Path
     command = [sys.executable, "-m", "launcher", "run", "--nproc", str(processes), str(ROOT / "recipes" / "gpt.py")]
     command += [*MODEL, *QUIET, "--run.dir", str(run), "--run.cache", cache]
     command += ["--run.compile", "default", "--run.compile-scope", scope]
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(JOB)}
-    environ |= {"TMPDIR": str(machine_tmp), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environ = machine.environ("TORCHINDUCTOR_") | {
+        "TMPDIR": str(machine_tmp),
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(command, cwd=place, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"exit code {done.returncode} of {' '.join(command)}:\n{done.stdout}")

@@ -138,7 +138,7 @@ class Attempt:
             self.caches = open_caches(options.cache, runs, recipe.stem, token, self._warn, is_main=is_main)
         if self.caches is not None and options.compile != "off":
             with self.startup.during("compile"):  # it imports the compiler
-                self.caches.take_turns()
+                self.caches.set_up_compiler()
         make_run = self._make_run or Run
         self.run = make_run(options, settings, self.world, accelerator, self.rundir, self.number, self.signals)
         self.run.startup, self.run.caches = self.startup, self.caches

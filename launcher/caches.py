@@ -127,8 +127,8 @@ class Caches:
             raise
         os.environ[VARIABLE] = str(self._path)
 
-    def take_turns(self) -> None:
-        """Let the node's ranks take turns at compiling from now on."""
+    def set_up_compiler(self) -> None:
+        """From now on the node's ranks take turns at compiling, and no header is precompiled."""
         undo = ExitStack()
         undo.callback(take_turns(self._node))
         undo.enter_context(_without_precompiled_headers())

@@ -46,6 +46,26 @@ class Config:
     eval_every: int = 100  # steps
 
 
+def check(cfg: Config) -> None:
+    """Refuse numbers that no run can have."""
+    numbers = {
+        "data.size": (cfg.data.size, 1),
+        "data.shift": (cfg.data.shift, 0),
+        "data.noise": (cfg.data.noise, 0),
+        "lr": (cfg.lr, 0),
+        "warmup": (cfg.warmup, 0),
+        "weight-decay": (cfg.weight_decay, 0),
+        "width": (cfg.width, 1),
+    }
+    for option, (value, least) in numbers.items():
+        if not value >= least:  # nan is not either
+            raise launcher.UsageError(f"--{option} {value}: give at least {least}")
+    if cfg.data.channels not in (1, 3):
+        raise launcher.UsageError(f"--data.channels {cfg.data.channels}: give 1 (grey) or 3 (colour)")
+    if not 0 <= cfg.dropout < 1:
+        raise launcher.UsageError(f"--dropout {cfg.dropout}: give at least 0 and less than 1")
+
+
 Batch = tuple[Tensor, Tensor]  # images [n, channels, size, size], labels [n]
 
 
@@ -162,6 +182,7 @@ def evaluate(run: launcher.Run, model: Classifier, held_out: launcher.Loader[Bat
 
 
 def train(run: launcher.Run, cfg: Config) -> None:
+    check(cfg)
     default = cfg.data.name is None and cfg.data.folder is None
     train_set, test_set, classes = digits(cfg.data) if default else labelled(cfg.data)
     images: launcher.Loader[Batch] = run.loader(

@@ -81,10 +81,15 @@ def check(cfg: Config) -> None:
         "model.freeze-layers": (cfg.model.freeze_layers, 0),
         "data.max-length": (cfg.data.max_length, 2),  # a token, and one to learn
         "lora.rank": (cfg.lora.rank, 0),
+        "lr": (cfg.lr, 0),
+        "warmup": (cfg.warmup, 0),
+        "weight-decay": (cfg.weight_decay, 0),
     }
     for option, (value, least) in numbers.items():
-        if value < least:
+        if not value >= least:  # nan is not either
             raise launcher.UsageError(f"--{option} {value}: give at least {least}")
+    if not 0 <= cfg.lora.dropout < 1:
+        raise launcher.UsageError(f"--lora.dropout {cfg.lora.dropout}: give at least 0 and less than 1")
     if not 0 < cfg.data.held_out < 1:
         raise launcher.UsageError(f"--data.held-out {cfg.data.held_out}: give more than 0 and less than 1")
 

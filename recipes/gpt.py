@@ -106,6 +106,9 @@ def check(cfg: Config) -> None:
         "model.loss-chunk": (model.loss_chunk, 0),
         "data.vocab-size": (cfg.data.vocab_size, 257),  # every byte, and the end of text
         "data.seq-len": (cfg.data.seq_len, 1),
+        "lr": (cfg.lr, 0),
+        "warmup": (cfg.warmup, 0),
+        "weight-decay": (cfg.weight_decay, 0),
         "eval-rows": (cfg.eval_rows, 1),
         "temperature": (cfg.temperature, 0.01),  # with which the likeliest token follows, nearly always
     }

@@ -9,7 +9,7 @@ from PIL import Image
 
 import launcher
 from recipes import classify
-from recipes.classify import DataConfig
+from recipes.classify import Config, DataConfig
 
 
 def test_shift_moves_and_fills_with_black() -> None:
@@ -17,6 +17,24 @@ def test_shift_moves_and_fills_with_black() -> None:
     assert classify.shift(image, 0, 0).equal(image)
     assert classify.shift(image, 1, 0).tolist() == [[[0, 0, 0], [1, 2, 3], [4, 5, 6]]]
     assert classify.shift(image, -1, 1).tolist() == [[[0, 4, 5], [0, 7, 8], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (Config(lr=-1.0), "--lr -1.0: give at least 0"),
+        (Config(lr=float("nan")), "--lr nan: give at least 0"),
+        (Config(weight_decay=-0.1), "--weight-decay -0.1: give at least 0"),
+        (Config(width=0), "--width 0: give at least 1"),
+        (Config(dropout=1.0), "--dropout 1.0: give at least 0 and less than 1"),
+        (Config(data=DataConfig(channels=2)), "--data.channels 2: give 1 (grey) or 3 (colour)"),
+        (Config(data=DataConfig(noise=-1.0)), "--data.noise -1.0: give at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_all_else(cfg: Config, message: str) -> None:
+    with pytest.raises(launcher.UsageError) as raised:
+        classify.train(None, cfg)  # type: ignore[arg-type]
+    assert str(raised.value) == message
 
 
 def test_digits_are_split_once_and_for_all() -> None:

@@ -335,6 +335,9 @@ def test_something_must_be_left_to_train() -> None:
         (Config(data=DataConfig(held_out=0.0)), "--data.held-out 0.0: give more than 0 and less than 1"),
         (Config(data=DataConfig(held_out=1.0)), "--data.held-out 1.0: give more than 0 and less than 1"),
         (Config(lora=LoraConfig(rank=-1)), "--lora.rank -1: give at least 0"),
+        (Config(lora=LoraConfig(dropout=1.5)), "--lora.dropout 1.5: give at least 0 and less than 1"),
+        (Config(lr=-1e-3), "--lr -0.001: give at least 0"),
+        (Config(weight_decay=float("nan")), "--weight-decay nan: give at least 0"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_before_all_else(cfg: Config, message: str) -> None:

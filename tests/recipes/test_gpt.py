@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -242,12 +242,15 @@ def test_compiles_whole_and_once(changes: dict[str, object]) -> None:
         ({"data": gpt.DataConfig(vocab_size=10)}, "--data.vocab-size 10: give at least 257"),
         ({"data": gpt.DataConfig(seq_len=0)}, "--data.seq-len 0: give at least 1"),
         ({"data": gpt.DataConfig(seq_len=-4)}, "--data.seq-len -4: give at least 1"),
+        ({"lr": -1.0}, "--lr -1.0: give at least 0"),
+        ({"warmup": -1}, "--warmup -1: give at least 0"),
+        ({"weight_decay": -0.5}, "--weight-decay -0.5: give at least 0"),
         ({"eval_rows": 0}, "--eval-rows 0: give at least 1"),
         ({"temperature": 0.0}, "--temperature 0.0: give at least 0.01"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_before_all_else(changes: dict[str, object], message: str) -> None:
-    whole = {name: changes[name] for name in changes.keys() & {"data", "eval_rows", "temperature"}}
+    whole = {name: changes[name] for name in changes.keys() & {one.name for one in fields(gpt.Config)}}
     model = gpt.ModelConfig(**{name: changes[name] for name in changes.keys() - whole})  # type: ignore[arg-type]
     with pytest.raises(launcher.UsageError) as raised:
         gpt.train(None, gpt.Config(model=model, **whole))  # type: ignore[arg-type]
