@@ -16,8 +16,12 @@ JOB = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "FSDP_", "SLURM
 
 
 def environ(*less: str) -> dict[str, str]:
-    """This process's environment without a job's variables, and without what begins like one of `less`."""
-    return {key: value for key, value in os.environ.items() if not key.startswith((*JOB, *less))}
+    """This process's environment without a job's variables, and without what begins like one of `less`.
+
+    Python may keep what it compiles: pip has done that for the peers, which are installed as wheels.
+    """
+    without = (*JOB, "PYTHONDONTWRITEBYTECODE", *less)
+    return {key: value for key, value in os.environ.items() if not key.startswith(without)}
 
 
 def facts() -> dict[str, Any]:

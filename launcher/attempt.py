@@ -347,7 +347,7 @@ class Attempt:
             with suppress(LauncherError):
                 self._status(status)
             stood = status == "failed" and self.world.group is not None
-            self._record_exit(status, reason, **(whereabouts() if stood else {}))
+            self._record_exit(status, reason, **(whereabouts(collectives()) if stood else {}))
             said = f"launcher: left at once, without a save: {reason}\n"
             if status == "failed":
                 self._note(said)  # the person hears of the failure itself

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from launcher import cgroup
 from launcher.errors import LauncherError
 from launcher.failure import NOTE, Kind, may_pass
-from launcher.flight import collectives
 from launcher.rundir import here
 from launcher.source import strip_credentials
 from launcher.stacks import Place, is_own, main_stack, places
@@ -68,10 +67,10 @@ def witness(
     }
 
 
-def whereabouts() -> dict[str, Any]:
+def whereabouts(called: list[dict[str, Any]]) -> dict[str, Any]:
     """What attempts/A/exit-R.json holds besides, of a rank that another's failure ends where it stands."""
     place, _ = places(main_stack())
-    return {"collectives": collectives(), "place": None if place is None else _as_json(place)}
+    return {"collectives": called, "place": None if place is None else _as_json(place)}
 
 
 def recipes_part(frames: TracebackType | None) -> TracebackType | None:

@@ -104,6 +104,15 @@ def test_what_is_killed_leaves_nothing_behind(tmp_path, script, environ):
     assert process.wait(30) == -signal.SIGKILL
 
 
+def test_nothing_heavy_is_imported_beside_the_ranks(script, environ):
+    command = [sys.executable, "-X", "importtime", "-m", "launcher", "run", "--nproc", "1", script("print('ran')\n")]
+    done = subprocess.run(list(map(str, command)), env=environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "launcher.parent" in modules, "the listing was read wrongly"
+    assert not {name.partition(".")[0] for name in modules} & {"torch", "numpy", "accelerate", "tyro", "datasets"}
+
+
 def test_what_a_signal_ends_has_failed(script, environ):
     path = script("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     code, _, said = launch("run", "--nproc", 1, path)

@@ -19,7 +19,7 @@ OPTIONS = ["--steps", STEPS, "--run.log-every", 1, "--run.save-every", 5, "--ema
     [
         (1, []),
         (2, []),
-        pytest.param(4, [], marks=pytest.mark.slow),
+        (4, []),
         (2, ["--run.shard", "full"]),
         (2, ["--batchnorm"]),
     ],
