@@ -119,21 +119,21 @@ class Watchdog:
             self._thread.join(1.0)  # it may be about to leave
 
     def _watch(self) -> None:
-        idle = Idle(self.every, time.monotonic())
+        idle, hung = Idle(self.every, time.monotonic()), False
         while not self._stopped.wait(self.every):
             seconds, most = idle.look(self._run.pulse.beats, time.monotonic()), self._limit()
             self._backstop(most)
             # a long listing on a shared disk: only for who may be part of a hang that another rank has found
             if seconds > most or (seconds > min(most, STEP) / 2 and self._rundir.hanging(self._attempt)):
+                hung = True
                 self._hung(seconds)
                 break
         self._backstop(math.inf)
         if self._stacks is not None:
             self._stacks.close()
-            with suppress(OSError):
-                path = self._path("stacks")
-                if not os.path.getsize(path):
-                    os.unlink(path)
+            if not hung:
+                with suppress(OSError):
+                    os.unlink(self._path("stacks"))
 
     def _limit(self) -> float:
         run = self._run
@@ -148,7 +148,17 @@ class Watchdog:
         with suppress(OSError):
             if self._stacks is None:
                 self._stacks = open(self._path("stacks"), "w", encoding="utf-8")  # noqa: SIM115 - for as long as it watches
+            self._forget()
             faulthandler.dump_traceback_later(max(seconds - self.every, self.every), file=self._stacks)
+
+    def _forget(self) -> None:
+        """Stacks were written, and yet this thread runs: the lock was held for long, and is not any more."""
+        assert self._stacks is not None
+        fd = self._stacks.fileno()
+        if os.fstat(fd).st_size:
+            faulthandler.cancel_dump_traceback_later()
+            os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
 
     def _hung(self, seconds: float) -> None:
         """Say where this rank stands, wait for the others to, and leave with what that shows."""

@@ -1,6 +1,8 @@
 """When no progress is a hang, and which rank the others wait for."""
 
+import ctypes
 import math
+import os
 import threading
 import time
 
@@ -249,6 +251,31 @@ class TestThread:
         names = {path.name for path in (tmp_path / "attempts" / "1").iterdir()}
         assert names == {"hang-00000.json", "stacks-00000.txt"}
         assert "test_tells_and_writes_down" in (tmp_path / "attempts" / "1" / "stacks-00000.txt").read_text()
+
+    def test_a_lock_that_was_held_for_long_is_forgotten(self, tmp_path, monkeypatch):
+        truncate, forgotten = os.ftruncate, []
+
+        def noting(fd, length):
+            forgotten.append(os.fstat(fd).st_size)
+            truncate(fd, length)
+
+        monkeypatch.setattr(os, "ftruncate", noting)
+        self.Run.pulse.enter("step")
+        dog, told, _ = self.watch(tmp_path, 0.4)
+        stacks = tmp_path / "attempts" / "1" / "stacks-00000.txt"
+        deadline = time.monotonic() + 30
+        while not stacks.exists() and time.monotonic() < deadline:
+            self.Run.pulse.beats += 1
+            time.sleep(0.01)
+        ctypes.PyDLL(None).usleep(800_000)  # native code that keeps Python's lock
+        while not forgotten and time.monotonic() < deadline:
+            self.Run.pulse.beats += 1
+            time.sleep(0.01)
+        dog.stop()
+        assert len(forgotten) == 1
+        assert forgotten[0] > 0
+        assert not told
+        assert not list((tmp_path / "attempts" / "1").iterdir())
 
     def test_is_quiet_where_there_is_progress_and_leaves_nothing(self, tmp_path):
         self.Run.pulse.enter("step")
