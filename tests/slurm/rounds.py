@@ -117,7 +117,7 @@ class Round:
             assert first.read_text().split()[1] != second.read_text().split()[1], "the bad node was not avoided"
         assert not list(self.path.glob("checkpoints/*.partial*")), "half a checkpoint is left"
         for node in self.lab.nodes:
-            left = [line for _, line in self.lab.processes(node) if str(self.path) in line]
+            left = [line for _, line in self.lab.processes(node) if self._is_of(line)]
             assert not left, f"left on {node}: {left}"
 
     def compare(self, straight: Path) -> None:
@@ -163,10 +163,14 @@ class Round:
         ]
         return "\n".join([f"{self.name} in {self.path}, job {self.job}", *parts])
 
+    def _is_of(self, line: str) -> bool:
+        """Whether a command line names this run: another one's path may begin alike."""
+        return re.search(rf"{re.escape(str(self.path))}(?![\w.-])", line) is not None
+
     def ranks(self) -> list[int]:
         """The pids of the run's ranks, on this machine."""
         found = [found for node in self.lab.nodes for found in self.lab.processes(node)]
-        return [pid for pid, line in found if str(self.path) in line and "python" in line.split(" ", 1)[0]]
+        return [pid for pid, line in found if self._is_of(line) and "python" in line.split(" ", 1)[0]]
 
 
 def left_behind(lab: Lab) -> list[str]:
