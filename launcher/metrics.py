@@ -78,6 +78,7 @@ class Metrics:
         self._unwritten: set[str] = set()
         self._written: set[str] = set()
         self._newest: tuple[int, dict[str, Any]] = (-1, {})
+        self._restored = -1  # the step from which this attempt, or a rewind, went on
         self.waited = 0.0
         """Seconds that this step has waited for data."""
         self.paused = 0.0
@@ -103,7 +104,7 @@ class Metrics:
         """A step has ended: `step` are complete, this rank's losses in it sum to `loss` (0-d, on the device)."""
         before = self._values.pop(step - 1, None)
         if before and step - 1 in self._marked:  # after a start: the step before this one has no line here yet
-            self.write(step - 1, self.line(step - 1) | _numbers(before))
+            self.write(step - 1, _numbers(before))
         elif before:
             self._unwritten.update(before)
         line = Line(step, loss, local_count, count, samples, self.waited, time.perf_counter() - self.paused)
@@ -146,10 +147,11 @@ class Metrics:
         """Write a line now."""
         values = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
         self._written.update(values)
-        self._newest = (step, self.line(step) | dict(values))
+        whole = self.line(step) | dict(values)
+        self._newest = (step, whole)
         if self._file is None:
             return
-        self._append({"step": step, **values})
+        self._append({"step": step, **(whole if step == self._restored else values)})
         if self._bar is not None:
             self._bar.show(step, values)
         if self._track is not None:
@@ -168,11 +170,12 @@ class Metrics:
         self._last = self._sent = None
         self._values.clear()
         self._marked.clear()
-        self._total, self._newest = total, (step, dict(values))
+        self._total = total
+        self.restore(step, values)
         self._window = Window(time.perf_counter() - self.paused)
         self.waited = 0.0
         if self._file is not None:
-            self._append({"step": step, "rewound_from": bad + 1})
+            self._append({"step": step, "rewound_from": bad + 1, **values})
         if self._bar is not None:
             self._bar.rewind(step, total)
 
@@ -181,8 +184,11 @@ class Metrics:
         return self._newest[1] if self._newest[0] == step else {}
 
     def restore(self, step: int, values: Mapping[str, Any]) -> None:
-        """Go on behind `step`, whose line an earlier attempt wrote: what is added to it must not replace it."""
-        self._newest = (step, dict(values))
+        """Go on behind `step`, whose line an earlier attempt may have written.
+
+        Of one step the latest attempt counts: a line that this one adds to it has those values too.
+        """
+        self._newest, self._restored = (step, dict(values)), step
 
     @contextmanager
     def pause(self) -> Iterator[None]:

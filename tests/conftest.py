@@ -1,6 +1,8 @@
 """Shared fixtures."""
 
+import os
 import signal
+from unittest.mock import patch
 
 import pytest
 
@@ -15,6 +17,13 @@ def signals_are_given_back():
     before = {number.name: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     assert {number.name: signal.getsignal(number) for number in STOP_SIGNALS} == before
+
+
+@pytest.fixture(autouse=True)
+def environment_is_given_back():
+    """A run in this process sets what its libraries read (OMP_NUM_THREADS); the next test finds none of it."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

@@ -95,9 +95,8 @@ def metrics(rundir: Path) -> dict[int, dict[str, Any]]:
     lines: dict[int, dict[str, Any]] = {}
     for text in (rundir / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
-        if "rewound_from" in line:
+        if line.pop("rewound_from", None):
             lines = {step: one for step, one in lines.items() if step <= line["step"]}
-            continue
         if line["attempt"] != lines.get(line["step"], {}).get("attempt"):
             lines[line["step"]] = {}
         lines[line["step"]] |= line

@@ -177,9 +177,18 @@ def test_rewind_is_a_run_without_the_samples(run_recipe, tmp_path, value):
     assert_same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
     ours, theirs = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert {step: line["loss"] for step, line in ours.items()} == {step: line["loss"] for step, line in theirs.items()}
-    text = (tmp_path / "a" / "metrics.jsonl").read_text()
-    assert text.count('{"attempt": 1, "step": 3, "rewound_from": 5}\n') == 1
-    assert text.count('"step": 4,') == 2
+    lines = [json.loads(text) for text in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    [back] = [line for line in lines if "rewound_from" in line]
+    assert (back["step"], back["rewound_from"], back["loss"]) == (3, 5, ours[3]["loss"])
+    assert [line["step"] for line in lines].count(4) == 2
+
+
+def test_a_rewind_to_an_earlier_start_keeps_its_line(run_recipe):
+    run_recipe(recipe(data(BAD)), *LOG, "--steps", 3)
+    before = metrics(run_recipe.dir)[3]
+    said = run_recipe(recipe(data(BAD)), *LOG, "--run.bad-numbers", "rewind", "--run.save-every", 9, "--steps", 8)
+    assert "; back to step-00000003, and on" in said
+    assert metrics(run_recipe.dir)[3] == before | {"attempt": 2}
 
 
 def test_rewind_again_and_again(run_recipe, tmp_path):

@@ -55,6 +55,23 @@ def test_lines_follow_the_steps(run_recipe):
     assert sorted(losses(run_recipe.dir)) == [1, 2, 3, 4, 5]
 
 
+def test_what_a_later_start_adds_to_a_line_leaves_the_rest(run_recipe):
+    """Of one step the latest attempt counts, and a start that finds all steps made still tells what it scores."""
+
+    def train(run: launcher.Run, cfg: Config) -> None:
+        model, optimizer, loader = parts(run)
+        for step in run.steps(loader, total=cfg.steps):
+            learn(model, optimizer, step)
+        run.log(final=1.0)
+
+    run_recipe(train)
+    before = losses(run_recipe.dir)
+    run_recipe(train)
+    line = metrics(run_recipe.dir)[4]
+    assert (line["attempt"], line["final"]) == (2, 1.0)
+    assert losses(run_recipe.dir) == before
+
+
 def test_a_value_that_no_line_took_is_told(run_recipe):
     def train(run: launcher.Run, cfg: Config) -> None:
         model, optimizer, loader = parts(run)

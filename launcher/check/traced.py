@@ -111,6 +111,7 @@ class TracedRun(Run):
         self._measured: set[int] = set()
         """The optimizers whose first gradients have been written down."""
         self._edge = time.monotonic()
+        self._dying: threading.Thread | None = None
 
     def build(
         self,
@@ -208,6 +209,8 @@ class TracedRun(Run):
     def returned(self) -> None:
         """`Run.returned`, with how much was read."""
         super().returned()
+        if self._dying is not None:
+            self._dying.join()  # however late it is: a kill that was begun comes
         if self.asked.state:
             self._read_again()
         self.trace.write("end", microbatches=self._microbatches)
@@ -252,7 +255,8 @@ class TracedRun(Run):
             return
         if kill.saved:
             self._wait_for_checkpoint()
-        threading.Thread(target=self._die, args=(kill.seconds,), daemon=True).start()
+        self._dying = threading.Thread(target=self._die, args=(kill.seconds,), daemon=True)
+        self._dying.start()
 
     def _wait_for_checkpoint(self) -> None:
         deadline = time.monotonic() + PATIENCE
