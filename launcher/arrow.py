@@ -74,7 +74,8 @@ class _Column:
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])[:-1]
         self._width = int(np.prod(self._shape, dtype=np.int64))
         if len(self._chunks) > 1 and view is _view:
-            self._rows, self._offsets = _spanned(self._chunks, self._width)
+            self._rows, offsets = _spanned(self._chunks, self._width)
+            self._bases = offsets - self._starts * self._width
 
     def read(self, samples: Ints, *, pinned: bool) -> torch.Tensor:
         """The rows `samples`, at least one."""
@@ -90,11 +91,11 @@ class _Column:
         if len(self._chunks) == 1:
             out[...] = self._chunks[0].take(samples, axis=0)
             return
-        chunks = self._starts.searchsorted(samples, "right") - 1
-        places = samples - self._starts[chunks]
+        chunks = self._starts[1:].searchsorted(samples, "right")
         if isinstance(self._chunks[0], np.ndarray):
-            out.reshape(len(out), self._width)[...] = self._rows[self._offsets[chunks] + places * self._width]
+            out.reshape(len(out), self._width)[...] = self._rows[self._bases[chunks] + samples * self._width]
             return
+        places = samples - self._starts[chunks]
         for k, (chunk, place) in enumerate(zip(chunks.tolist(), places.tolist(), strict=True)):
             out[k] = self._chunks[chunk][place]
 
