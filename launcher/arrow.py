@@ -93,7 +93,7 @@ class _Column:
             return
         chunks = self._starts[1:].searchsorted(samples, "right")
         if isinstance(self._chunks[0], np.ndarray):
-            out.reshape(len(out), self._width)[...] = self._rows[self._bases[chunks] + samples * self._width]
+            out.reshape(len(out), self._width)[...] = self._rows[self._bases.take(chunks) + samples * self._width]
             return
         places = samples - self._starts[chunks]
         for k, (chunk, place) in enumerate(zip(chunks.tolist(), places.tolist(), strict=True)):

@@ -56,7 +56,10 @@ def _walk(index: Ints, size: int, keys: npt.NDArray[np.uint64]) -> Ints:
     while len(where):  # those that are still outside
         left, right = value >> half, value & low
         for key in keys:
-            left, right = right, left ^ (_scramble(right ^ key) & low)
+            mixed = _scramble(right ^ key)
+            mixed &= low
+            mixed ^= left
+            left, right = right, mixed
         result[where] = value = (left << half) | right
         outside = value >= np.uint64(size)
         value, where = value[outside], where[outside]
@@ -65,10 +68,13 @@ def _walk(index: Ints, size: int, keys: npt.NDArray[np.uint64]) -> Ints:
 
 
 def _scramble(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser: every bit of the result depends on every bit of `value`."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    """SplitMix64's finaliser, in place: every bit of the result depends on every bit of `value`."""
+    value ^= value >> np.uint64(30)
+    value *= np.uint64(0xBF58476D1CE4E5B9)
+    value ^= value >> np.uint64(27)
+    value *= np.uint64(0x94D049BB133111EB)
+    value ^= value >> np.uint64(31)
+    return value
 
 
 class Order:
