@@ -108,27 +108,28 @@ class CheckIn:
             WorldError: they have not, and this rank is to name them.
         """
         begun = time.monotonic()
-        while not store.check(["outcome"]):  # a wait for it would print warnings of torch's when it ends in vain
+        came: dict[int, str] = {}
+        outcome = ""
+        while not outcome:
+            if store.check(["outcome"]):  # a wait for it would print warnings of torch's when it ends in vain
+                outcome = _text(store.get("outcome"))
+                break
             waited = time.monotonic() - begun
             time.sleep(min(LOOK, max(0.005, waited / 20)))
-            if waited < seconds:
-                continue
-            came = {rank: _text(store.get(key)) for rank, key in enumerate(self._keys()) if store.check([key])}
-            mine = str(self.rank)
-            first = _text(store.compare_set("outcome", "", mine)) == mine
-            self._let_read(store, len(came))
-            if first:
-                nodes = _nodes(self._environ)
-                line = missing_line(came, self.world_size, self._local_world_size, nodes, seconds, self._place)
-                raise WorldError(line)
-        outcome = _text(store.get("outcome"))
+            if waited >= seconds:
+                came = {rank: _text(store.get(key)) for rank, key in enumerate(self._keys()) if store.check([key])}
+                outcome = _text(store.compare_set("outcome", "", str(self.rank)))
         if outcome != COME:
-            self._let_read(store, store.add("came", 0))
+            self._let_read(store)
+        if outcome == str(self.rank):
+            nodes = _nodes(self._environ)
+            raise WorldError(missing_line(came, self.world_size, self._local_world_size, nodes, seconds, self._place))
         return outcome
 
-    def _let_read(self, store: Store, number: int) -> None:
-        """Rank 0 may hold the store: it stays until the others that came know how this ends."""
+    def _let_read(self, store: Store) -> None:
+        """Rank 0 may hold the store: it stays until the others that came know how this ends, as this rank does now."""
         read = store.add("read", 1)
+        number = store.add("came", 0)
         deadline = time.monotonic() + LINGER
         while self.rank == 0 and read < number and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -1,6 +1,7 @@
 """Which ranks did not come to the start, and where they should be."""
 
 import pytest
+from torch.distributed import HashStore
 
 from launcher.checkin import CheckIn, missing_line
 from launcher.errors import UsageError
@@ -41,3 +42,36 @@ def test_what_gloo_says_of_a_rank():
     assert "cannot connect to rank 1 on b: it has ended" in check_in.unreached("wait timeout, keys: /0//cpu//0/1\nmore")
     assert "cannot connect to all other ranks: one has ended" in check_in.unreached("Connect timeout [none]")
     assert check_in.unreached("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 9 ms").count("rank 1 on b") == 1
+
+
+class Leaving:
+    """A store that rank 0 has given the outcome, and takes with it as soon as a rank says that it has read that."""
+
+    def __init__(self):
+        self.kept, self.looks, self.gone = HashStore(), 0, False
+        self.kept.set("outcome", "0")
+        self.kept.add("came", 2)
+
+    def check(self, keys):
+        self.looks += 1
+        return False if self.looks == 1 else self.kept.check(keys)
+
+    def compare_set(self, key, _, __):
+        return self.kept.get(key)
+
+    def get(self, key):
+        assert not self.gone, "the store has gone"
+        return self.kept.get(key)
+
+    def add(self, key, number):
+        assert not (self.gone and number), "it says so once"
+        self.gone = self.gone or (key, number) == ("read", 1)
+        return self.kept.add(key, number)
+
+
+def test_a_rank_says_that_it_has_read_the_outcome_once_it_has():
+    """Two ranks give up in the same moment: the second finds the first one's word in place of its own."""
+    store = Leaving()
+    check_in = CheckIn(1, 3, 3, {"MASTER_ADDR": "a", "MASTER_PORT": "1"})
+    assert check_in._outcome(store, 0.0) == "0"
+    assert store.kept.add("read", 0) == 1
