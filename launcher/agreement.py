@@ -27,7 +27,7 @@ class Ballot(NamedTuple):
     finish: float = 0
     """The recipe asked to end here."""
     loss: float = 0
-    """The sum of the finished step's losses, where its metrics line is due, and their count if it came with them."""
+    """The sum of the finished step's losses, where its metrics line wants it, and their count if it came with them."""
     loss_count: float = 0
     left: float = 0
     """This rank's recipe has left its loop by itself."""

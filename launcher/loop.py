@@ -360,7 +360,7 @@ class Loop:
                 counts.append(count or 0)
         self.guard.read()
         self._mark()
-        loss, loss_count = self.metrics.loss()
+        loss, loss_count = self.metrics.loss(ahead=ahead)
         run = self.run
         stop, finish, writer = run.must_stop(), run.finish_reason is not None, run.saver.writer
         return Ballot(stop, exhausted, finish, loss, loss_count, self._left, writer.busy, writer.broken, tuple(counts))

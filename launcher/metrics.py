@@ -48,6 +48,7 @@ class Line:
     waited: float
     ended: float
     due: bool = False
+    summed: bool = False
     values: dict[str, Value] = field(default_factory=dict)
     readback: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
@@ -78,7 +79,7 @@ class Metrics:
         self._unwritten: set[str] = set()
         self._written: set[str] = set()
         self._newest: tuple[int, dict[str, Any]] = (-1, {})
-        self._restored = -1  # the step from which this attempt, or a rewind, went on
+        self._untold: tuple[int, dict[str, Any]] = (-1, {})  # what no line of this attempt has
         self.waited = 0.0
         """Seconds that this step has waited for data."""
         self.paused = 0.0
@@ -114,12 +115,17 @@ class Metrics:
             line.readback = _start_readback(loss, line.values)
         self._last = line
 
-    def loss(self) -> tuple[float, float]:
-        """What this rank tells of the newest line: its loss sum and, where counts came with the losses, their sum."""
+    def loss(self, *, ahead: bool) -> tuple[float, float]:
+        """What this rank tells of the newest line: its loss sum and, where counts came with the losses, their sum.
+
+        Not `ahead` of a step but between two, it is told of a line that is not due as well: an evaluation may make it
+        so, and a checkpoint has it.
+        """
         line = self._sent = self._last
         if line is not None:
             line.due = self._due(line.step)
-        if line is None or line.loss is None or not line.due:
+            line.summed = line.due or not ahead
+        if line is None or line.loss is None or not line.summed:
             return 0.0, 0.0
         if line.readback is not None:
             line.readback[1].synchronize()  # of a step whose kernels are behind those already queued
@@ -127,7 +133,7 @@ class Metrics:
         return line.loss.item(), line.local_count or 0.0
 
     def settle(self, ballot: Ballot) -> None:
-        """Write the line whose loss `ballot` sums over ranks, if it is due."""
+        """Write the line whose loss `ballot` sums over ranks if it is due, else keep it in mind if it has that."""
         line, self._sent = self._sent, None
         if line is None:
             return
@@ -136,22 +142,29 @@ class Metrics:
         self._window.add(line)
         if not line.due:
             self._unwritten.update(line.values)
+        if not line.summed:
             return
-        self._marked.discard(line.step)
         count = line.count if line.local_count is None else ballot.loss_count
         values: dict[str, Any] = {} if line.loss is None or not count else {"loss": ballot.loss / count}
-        values |= _numbers(line.values, line.readback) | self._rates()
-        self.write(line.step, values)
+        values |= _numbers(line.values, line.readback)
+        if line.due:
+            self._marked.discard(line.step)
+            self.write(line.step, values | self._rates())
+        else:
+            self.remember(line.step, self.line(line.step) | values)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write a line now."""
         values = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        if step == self._untold[0]:
+            values = self._untold[1] | values
+            self._untold = (-1, {})
+        if step >= self._newest[0]:  # what the recipe writes of its weights may be ahead of the line before
+            self._newest = (step, self.line(step) | values)
         self._written.update(values)
-        whole = self.line(step) | dict(values)
-        self._newest = (step, whole)
         if self._file is None:
             return
-        self._append({"step": step, **(whole if step == self._restored else values)})
+        self._append({"step": step, **values})
         if self._bar is not None:
             self._bar.show(step, values)
         if self._track is not None:
@@ -171,7 +184,7 @@ class Metrics:
         self._values.clear()
         self._marked.clear()
         self._total = total
-        self.restore(step, values)
+        self.remember(step, values)
         self._window = Window(time.perf_counter() - self.paused)
         self.waited = 0.0
         if self._file is not None:
@@ -183,12 +196,12 @@ class Metrics:
         """What the line of `step` says, if that is the newest."""
         return self._newest[1] if self._newest[0] == step else {}
 
-    def restore(self, step: int, values: Mapping[str, Any]) -> None:
-        """Go on behind `step`, whose line an earlier attempt may have written.
+    def remember(self, step: int, values: Mapping[str, Any]) -> None:
+        """Values of `step` that are known and in no line of this attempt.
 
-        Of one step the latest attempt counts: a line that this one adds to it has those values too.
+        Of one step the latest attempt counts: what this one adds to it must not replace what an earlier one has told.
         """
-        self._newest, self._restored = (step, dict(values)), step
+        self._newest = self._untold = (step, dict(values))
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -285,7 +285,7 @@ class Run:
             bar=self._bar,
             track=self._tracker() if self.config.tracker else None,
         )
-        self._metrics.restore(self.completed, self._restorer.metrics)
+        self._metrics.remember(self.completed, self._restorer.metrics)
         if self.is_main:
             self._rundir.update(status="running", global_step=self.completed, total_steps=total)
         self._loop = Loop(self, loaders, plans, total, self._metrics, single=not isinstance(data, Mapping))

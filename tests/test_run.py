@@ -72,6 +72,31 @@ def test_what_a_later_start_adds_to_a_line_leaves_the_rest(run_recipe):
     assert losses(run_recipe.dir) == before
 
 
+def test_a_save_before_an_evaluation_takes_nothing_from_its_line(run_recipe, tmp_path):
+    """The evaluation alone makes the line due: a save has read the loss before, and a later start finds it there."""
+    failing = True
+
+    def train(run: launcher.Run, cfg: Config) -> None:
+        model, optimizer, loader = parts(run)
+        for step in run.steps(loader, total=cfg.steps):
+            if failing and step.index == 4:
+                raise RuntimeError
+            if step.every(2):
+                step.log(score=1.0)
+            learn(model, optimizer, step)
+
+    options = ["--steps", 6, "--run.log-every", 100, "--run.dir"]
+    with pytest.raises(RuntimeError):
+        run_recipe(train, "--run.save-every", 4, *options, tmp_path / "fails")
+    failing = False
+    run_recipe(train, "--run.save-every", 4, *options, tmp_path / "fails")
+    run_recipe(train, "--run.save-every", 4, *options, tmp_path / "saves")
+    run_recipe(train, *options, tmp_path / "plain")
+    assert sorted(losses(tmp_path / "plain")) == [1, 2, 4, 6]
+    assert losses(tmp_path / "fails") == losses(tmp_path / "saves") == losses(tmp_path / "plain")
+    assert metrics(tmp_path / "fails")[4]["attempt"] == 2
+
+
 def test_a_value_that_no_line_took_is_told(run_recipe):
     def train(run: launcher.Run, cfg: Config) -> None:
         model, optimizer, loader = parts(run)
