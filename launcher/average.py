@@ -14,7 +14,7 @@ from launcher.data import Feed, Loader
 from launcher.errors import RecipeError
 from launcher.order import Plan
 from launcher.parallel import broadcast_buffers, reshard
-from launcher.seeds import seed_microbatch, step_state
+from launcher.seeds import kept_generators, seed_microbatch, step_state
 
 if TYPE_CHECKING:
     from launcher.run import Run
@@ -36,7 +36,7 @@ def average(run: Run, score: Callable[[Any], Mapping[str, tuple[Any, Any]]], dat
     slots = plan.share(0, world.rank, world.world_size)
     sums: dict[str, float | torch.Tensor] = {}
     counts: dict[str, float | torch.Tensor] = {}
-    with evaluating(run):
+    with evaluating(run), kept_generators(run.device):  # what the body draws next is its step's
         feed = Feed(data, slots, world)
         for k in range(len(slots)):
             if k % CHECK_EVERY == 0:

@@ -124,8 +124,9 @@ class Loop:
 
     @property
     def in_step(self) -> bool:
-        """Whether a body has taken micro-batches and not ended: its data is spent, its update not made."""
-        return self.guard.bad is not None or (self._step is not None and self._step.taken > 0)
+        """Whether a body has begun its micro-batches, the data's or its own, and not ended: its update may be made."""
+        step = self._step
+        return self.guard.bad is not None or (step is not None and (step.taken > 0 or step.progress[0] > 0))
 
     def total(self, index: int) -> int | None:
         """The steps of the whole run, as they are known at step `index`: bad numbers may leave data out."""

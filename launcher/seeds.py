@@ -15,6 +15,7 @@ __all__ = [
     "ORDER",
     "SAMPLE",
     "WEIGHTS",
+    "kept_generators",
     "kept_host_generators",
     "mix",
     "seed_host",
@@ -62,6 +63,19 @@ def kept_host_generators() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
+
+
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """What is drawn in here leaves the host's three generators, and that of `device`, as they were."""
+    on_device = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+    with kept_host_generators():
+        state = None if on_device is None else on_device.get_state()
+        try:
+            yield
+        finally:
+            if on_device is not None and state is not None:
+                on_device.set_state(state)
 
 
 def step_state(seed: int, step: int) -> int:

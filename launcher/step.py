@@ -172,7 +172,12 @@ class Step:
         """Scale the gradients (of one model, or of all) to a 2-norm of at most `max_norm`; returns the norm before.
 
         The norm is a 0-d tensor on the device: reading it makes the host wait, logging it does not.
+
+        Raises:
+            RecipeError: `max_norm` is no norm to clip to; infinity only measures.
         """
+        if not max_norm > 0:
+            raise RecipeError(f"step.clip({max_norm}): give a norm above 0, or infinity to measure without clipping")
         chosen = None if model is None else {id(parameter) for parameter in model.parameters()}
         parameters: list[nn.Parameter] = []
         clipped: list[Optimizer] = []

@@ -1,14 +1,18 @@
 """The recipe's handle, in one process: what it promises, and what it refuses by name."""
 
+import os
+import random
+import signal
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import launcher
-from tests.harness import losses, metrics, status, tensors
+from tests.harness import assert_same, losses, metrics, status, tensors
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,63 @@ def test_generated_data_is_split(run_recipe):
     run_recipe(train)
     assert sizes == [3, 3, 1] * 3
     assert sorted(losses(run_recipe.dir)) == [1, 3]
+
+
+def test_an_evaluation_leaves_what_the_step_draws(run_recipe):
+    made = {}
+
+    def train(run: launcher.Run, cfg: Config) -> None:
+        model = run.build(lambda: nn.Linear(3, 1))
+        optimizer = run.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        held_out = run.loader((torch.randn(8, 3),), batch_size=4)
+        for step in run.steps(total=3):
+            if evaluates:
+                run.average(lambda batch: {"score": (model(batch[0]).sum(), 4)}, held_out)
+            x = torch.randn(4, 3)
+            made.setdefault(step.index, []).append((x, random.random(), np.random.rand()))
+            for piece in step.split(x, 2):
+                step.backward(model(piece).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for evaluates in (False, True):
+        run_recipe(train, "--run.dir", run_recipe.dir / str(evaluates))
+    assert all(torch.equal(a, b) and one == other for (a, *one), (b, *other) in made.values())
+    assert not torch.equal(made[0][1][0], made[1][1][0])
+
+
+def test_a_stop_in_an_evaluation_behind_the_update_waits_for_the_edge(run_recipe, tmp_path):
+    """Also where the data is the recipe's own: the update is made, and must not be made again."""
+
+    def train(run: launcher.Run, cfg: Config) -> None:
+        model = run.build(lambda: nn.Linear(3, 1))
+        optimizer = run.optimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        held_out = run.loader((torch.ones(8, 3),), batch_size=4)
+        for step in run.steps(total=6):
+            for piece in step.split(torch.randn(4, 3), 2):
+                step.backward(model(piece).square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+            if stops and step.index == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            run.average(lambda batch: {"score": (model(batch[0]).sum(), 4)}, held_out)
+
+    for stops, name in ((False, "straight"), (True, "stopped"), (False, "stopped")):  # noqa: B007 - train reads it
+        run_recipe(train, "--run.dir", tmp_path / name)
+    assert_same(tensors(tmp_path / "straight"), tensors(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
+def test_a_norm_that_is_none_is_one_line(run_recipe, norm):
+    def train(run: launcher.Run, cfg: Config) -> None:
+        model, optimizer, loader = parts(run)
+        for step in run.steps(loader, total=cfg.steps):
+            for x, y in step:
+                step.backward(F.mse_loss(model(x), y, reduction="sum"))
+            step.clip(norm)
+            optimizer.step()
+
+    assert f"step.clip({norm}): give a norm above 0, or infinity to measure" in run_recipe(train, code=1)
 
 
 def test_two_loaders_each_with_its_count(run_recipe):
