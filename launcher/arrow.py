@@ -108,11 +108,12 @@ def _spanned(chunks: Sequence[Array], width: int) -> tuple[Array, Ints]:
     """
     item = chunks[0].itemsize
     addresses = np.array([chunk.__array_interface__["data"][0] for chunk in chunks])
-    first, last = int(addresses.argmin()), int(addresses.argmax())
+    first = int(addresses.argmin())
     offsets, rest = np.divmod(addresses - addresses[first], item)
     if rest.any():
         raise TypeError("numbers that lie askew")
-    rows = int(offsets[last]) + chunks[last].size - width + 1
+    end = max(int(offset) + chunk.size for offset, chunk in zip(offsets, chunks, strict=True))
+    rows = end - width + 1  # chunks may overlap: a table can hold the same rows twice
     view = np.lib.stride_tricks.as_strided(chunks[first], (rows, width), (item, item), writeable=False)
     return view, offsets
 

@@ -132,3 +132,13 @@ def test_a_mapped_file_is_read_where_it_lies(tmp_path: Path, workers: int):
     assert torch.equal(seen[seen[:, 0].argsort()], torch.from_numpy(numbers.astype(np.int64)))
     again = read(table.select(range(5000)), batch_size=1000, microbatch_size=500)
     assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("again_first", [False, True])
+def test_rows_that_a_table_holds_twice(again_first: bool):
+    """Upsampling: the chunks of the second part lie within those of the first."""
+    data = datasets.Dataset.from_dict({"y": [float(number) for number in range(40)]})
+    again = data.select(range(5))
+    table = datasets.concatenate_datasets([again, data] if again_first else [data, again])
+    samples = np.arange(len(table))
+    assert torch.equal(Rows(table)(samples)["y"], table.with_format("torch")[:]["y"])
