@@ -104,8 +104,8 @@ class Metrics:
     ) -> None:
         """A step has ended: `step` are complete, this rank's losses in it sum to `loss` (0-d, on the device)."""
         before = self._values.pop(step - 1, None)
-        if before and step - 1 in self._marked:  # after a start: the step before this one has no line here yet
-            self.write(step - 1, _numbers(before))
+        if before and (step - 1 in self._marked or (step > 1 and self._due(step - 1))):
+            self.write(step - 1, _numbers(before))  # behind a save or a start, which have told, or know, the rest
         elif before:
             self._unwritten.update(before)
         line = Line(step, loss, local_count, count, samples, self.waited, time.perf_counter() - self.paused)

@@ -68,14 +68,14 @@ def kept_host_generators() -> Iterator[None]:
 @contextmanager
 def kept_generators(device: torch.device) -> Iterator[None]:
     """What is drawn in here leaves the host's three generators, and that of `device`, as they were."""
-    on_device = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else None
+    generators = [torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []
+    states = [generator.get_state() for generator in generators]
     with kept_host_generators():
-        state = None if on_device is None else on_device.get_state()
         try:
             yield
         finally:
-            if on_device is not None and state is not None:
-                on_device.set_state(state)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
 
 def step_state(seed: int, step: int) -> int:

@@ -101,6 +101,20 @@ def test_a_save_before_an_evaluation_takes_nothing_from_its_line(run_recipe, tmp
     assert metrics(tmp_path / "fails")[4]["attempt"] == 2
 
 
+def test_a_save_takes_nothing_from_what_is_logged_before_the_micro_batches(run_recipe, tmp_path):
+    def train(run: launcher.Run, cfg: Config) -> None:
+        model, optimizer, loader = parts(run)
+        for step in run.steps(loader, total=cfg.steps):
+            step.log(rate=float(step.index))
+            learn(model, optimizer, step)
+
+    options = ["--steps", 7, "--run.log-every", 2, "--run.dir"]
+    run_recipe(train, *options, tmp_path / "plain")
+    run_recipe(train, "--run.save-every", 4, *options, tmp_path / "saves")
+    rates = [{step: line.get("rate") for step, line in metrics(tmp_path / name).items()} for name in ("plain", "saves")]
+    assert rates[0] == rates[1] == {1: 1, 2: 2, 4: 4, 6: 6, 7: None}
+
+
 def test_a_value_that_no_line_took_is_told(run_recipe):
     def train(run: launcher.Run, cfg: Config) -> None:
         model, optimizer, loader = parts(run)
